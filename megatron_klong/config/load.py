@@ -1,0 +1,104 @@
+"""YAML files and ``key=value`` overrides to config models, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(model: type[Model], file: Path, overrides: Sequence[str] = ()) -> Model:
+    """Read a YAML file, apply overrides such as ``optimizer.lr=1e-4``, and validate.
+
+    Raises:
+        ValueError: one line that names the file or key, the value and the remedy; for an unknown
+            key, the nearest valid one.
+    """
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ValueError(f"config {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {file}: must be a mapping of sections")
+    for override in overrides:
+        _apply(values, override)
+    return validate_config(model, values, str(file))
+
+
+def validate_config(model: type[Model], values: dict[str, Any], origin: str) -> Model:
+    """Validate parsed values; errors as in :func:`load_config`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ValueError(f"config {origin}: {_explain(model, path, first)}{rest}") from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML; :func:`load_config` reads it back to an equal model."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """All dotted keys of a model, sections included."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from config_keys(field.annotation, f"{above}{name}.")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: write it as key=value, such as optimizer.lr=1e-4")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    place[last] = _scalar(text)
+
+
+def _scalar(text: str) -> Any:
+    """A value as YAML reads it, except that ``1e-4`` is a number (YAML 1.1 wants ``1.0e-4``)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(model: type[BaseModel], path: list[str], error: Any) -> str:
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_hint(model, path)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}={error['input']!r}: {message}" if key and error["type"] != "value_error" else message
+
+
+def _hint(model: type[BaseModel], path: list[str]) -> str:
+    """The nearest valid key: of the same section first, else of any."""
+    keys = list(config_keys(model))
+    above = ".".join(path[:-1])
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == above}
+    everywhere = {key.rpartition(".")[2]: key for key in keys}
+    for names in (siblings, everywhere):
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        if close:
+            return f"; did you mean {names[close[0]]!r}?"
+    return f"; valid here: {', '.join(siblings)}"

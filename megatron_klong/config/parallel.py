@@ -1,0 +1,53 @@
+"""The parallel layout."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import Field, model_validator
+
+from megatron_klong.config.base import StrictModel
+
+
+class ParallelConfig(StrictModel):
+    """How many ways each kind of parallelism splits the work. Ranks beyond TP x PP are data parallel."""
+
+    tensor: int = Field(default=1, ge=1)
+    """TP: ranks that share every layer. Above 1, sequence parallelism is on."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """PP: stages that the layers are cut into."""
+
+    expert: int = Field(default=1, ge=1)
+    """EP: ranks that share the experts of a layer, taken from the TP x DP ranks of a stage."""
+
+    nproc: int | None = Field(default=None, ge=1)
+    """Ranks that `klong sft` starts on this node. Default: the fewest that the layout allows."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on one node: ``nproc``, or the smallest multiple of TP x PP that EP divides."""
+        return self.nproc or self.pipeline * math.lcm(self.tensor, self.expert)
+
+    def data(self, world_size: int) -> int:
+        """DP: how many copies of the model ``world_size`` ranks hold."""
+        return world_size // (self.tensor * self.pipeline)
+
+    def check(self, world_size: int) -> None:
+        """Refuse a number of ranks that the layout does not divide.
+
+        Raises:
+            ValueError: names the fields and what would fit.
+        """
+        stage, rest = divmod(world_size, self.pipeline)
+        if rest or stage % self.tensor or stage % self.expert:
+            raise ValueError(
+                f"parallel: {world_size} ranks cannot hold tensor={self.tensor} x "
+                f"pipeline={self.pipeline} with expert={self.expert}; use a multiple of "
+                f"{self.pipeline * math.lcm(self.tensor, self.expert)} ranks"
+            )
+
+    @model_validator(mode="after")
+    def _nproc_fits(self) -> ParallelConfig:
+        self.check(self.world_size)
+        return self

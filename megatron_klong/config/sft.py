@@ -1,0 +1,152 @@
+"""Settings of a supervised fine-tuning run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_klong.config.base import StrictModel
+from megatron_klong.config.parallel import ParallelConfig
+from megatron_klong.config.window import WindowConfig
+
+
+class RunConfig(StrictModel):
+    """Where a run lives."""
+
+    dir: Path
+    """The run directory: resolved config, metrics, checkpoints. One run per directory."""
+
+    seed: int = 1234
+    """Seeds the fresh weights and the order of the data."""
+
+
+class ModelConfig(StrictModel):
+    """Which model is trained."""
+
+    hf_config: Path
+    """Hugging Face `config.json` (or its folder) of a GLM-4.5-MoE model."""
+
+    weights: Path | None = None
+    """Hugging Face folder with safetensors to start from. Default: fresh weights from the seed."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Data type of weights and activations. Gradients and optimizer state are fp32 either way."""
+
+
+class DataConfig(StrictModel):
+    """What is trained on."""
+
+    store: Path
+    """PREFIX of a token store, as written by `klong data tokenize`."""
+
+    window: WindowConfig
+    """How its trajectories are split."""
+
+    row_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of a packed row, which is one micro-batch. Default: the window's max_tokens."""
+
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the trajectories that is held out, the last ones of the store. 0 holds out none."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed row, resolved."""
+        return self.row_tokens or self.window.max_tokens
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with Megatron's distributed optimizer."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+
+    min_lr: float = Field(default=0.0, ge=0)
+    """Where the decay ends."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; not on biases and norms."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's first moment decay."""
+
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Adam's second moment decay."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class TrainingConfig(StrictModel):
+    """How long, how much at a time, and what is written."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+
+    global_batch_rows: int = Field(gt=0)
+    """Packed rows per step over all data-parallel ranks."""
+
+    eval_every: int = Field(default=100, ge=0)
+    """Steps between evaluations on the held-out trajectories (also before the first and after the
+    last step); 0 never evaluates."""
+
+    eval_rows: int = Field(default=64, gt=0)
+    """Held-out rows per evaluation, at most; always the same ones."""
+
+    save_every: int = Field(default=500, ge=0)
+    """Steps between checkpoints, beside the one at the end; 0 saves at the end only."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints kept; older ones are deleted after a new one is complete."""
+
+
+class SftConfig(StrictModel):
+    """A whole supervised fine-tuning run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> SftConfig:
+        self.check_world(self.parallel.world_size)
+        row, window = self.data.row_length, self.data.window.max_tokens
+        if row < window:
+            raise ValueError(
+                f"data.row_tokens={row} is less than data.window.max_tokens={window}; "
+                "a window must fit in a row"
+            )
+        if row % self.parallel.tensor:
+            raise ValueError(
+                f"data.row_tokens={row} is no multiple of parallel.tensor={self.parallel.tensor}, "
+                "which sequence parallelism needs"
+            )
+        if self.optimizer.warmup_steps >= self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "
+                f"training.steps={self.training.steps}"
+            )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a number of ranks that layout or batch do not divide (ValueError)."""
+        self.parallel.check(world_size)
+        ways, rows = self.parallel.data(world_size), self.training.global_batch_rows
+        if rows % ways:
+            raise ValueError(
+                f"training.global_batch_rows={rows} is no multiple of the {ways} data-parallel "
+                f"ranks; use {(rows // ways + 1) * ways}"
+            )

@@ -1,0 +1,201 @@
+"""The declarative map between Hugging Face and Megatron-Core weights of GLM-4.5-MoE.
+
+Read as a table: each :class:`Rule` names one Megatron tensor (with global layer and expert
+numbers), the Hugging Face tensors it is made of, how they are joined, and how tensor-parallel
+ranks share it. Loading, initialisation, conversion and weight sync all walk this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_klong.model.hf_config import Glm4MoeConfig
+
+
+class Join(Protocol):
+    """How Hugging Face tensors form one full Megatron tensor; ``split`` is the exact inverse."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor, unchanged."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (only,) = parts
+        return only
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        return (full,)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """``fc1 = [gate; up]`` along the rows."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=0)
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        gate, up = full.chunk(2, dim=0)
+        return gate, up
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Query, key and value rows interleaved per KV group: ``q .. q k v | q .. q k v | ...``."""
+
+    groups: int
+    queries_per_group: int
+    head_dim: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        shape = (self.groups, -1, self.head_dim, *parts[0].shape[1:])
+        grouped = torch.cat([part.reshape(shape) for part in parts], dim=1)
+        return grouped.flatten(0, 2)
+
+    def split(self, full: Tensor) -> tuple[Tensor, ...]:
+        shape = (self.groups, self.queries_per_group + 2, self.head_dim, *full.shape[1:])
+        pieces = full.reshape(shape).split([self.queries_per_group, 1, 1], dim=1)
+        return tuple(piece.flatten(0, 2) for piece in pieces)
+
+
+class Shard(Protocol):
+    """Which part of the full Megatron tensor a tensor-parallel rank holds."""
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every rank holds the whole tensor."""
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return full
+
+
+@dataclass(frozen=True)
+class Along:
+    """Equal slices along one dimension."""
+
+    dim: int
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return full.chunk(size, dim=self.dim)[rank]
+
+
+@dataclass(frozen=True)
+class GatedRows:
+    """Equal slices of gate and of up, joined again: each rank can apply SwiGLU on its own."""
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return torch.cat([half.chunk(size, dim=0)[rank] for half in full.chunk(2, dim=0)], dim=0)
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """Name and shape of a tensor of the Hugging Face checkpoint (per-expert layout)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the map.
+
+    Attributes:
+        megatron: the Megatron parameter or buffer, with global layer and expert numbers.
+        hf: what it is made of, in the order ``join`` takes.
+        join: how the parts form the full tensor.
+        shard: what a tensor-parallel rank holds of it. Expert weights are never sharded: the
+            expert tensor-parallel size is 1.
+    """
+
+    megatron: str
+    hf: tuple[HfTensor, ...]
+    join: Join = Same()
+    shard: Shard = Replicated()
+
+
+def weight_rules(config: Glm4MoeConfig) -> dict[str, Rule]:
+    """The whole map of a model, by global Megatron name."""
+    return {rule.megatron: rule for rule in _rules(config)}
+
+
+def _rules(c: Glm4MoeConfig) -> Iterator[Rule]:
+    vocabulary = (c.vocab_size, c.hidden_size)
+    yield Rule(
+        "embedding.word_embeddings.weight", (HfTensor("model.embed_tokens.weight", vocabulary),),
+        shard=Along(0),
+    )  # fmt: skip
+    for layer in range(c.num_hidden_layers):
+        yield from _attention_rules(c, layer)
+        yield from _moe_rules(c, layer) if c.is_moe_layer(layer) else _dense_rules(c, layer)
+    yield Rule("decoder.final_layernorm.weight", (HfTensor("model.norm.weight", (c.hidden_size,)),))
+    yield Rule("output_layer.weight", (HfTensor("lm_head.weight", vocabulary),), shard=Along(0))
+
+
+def _attention_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
+    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    rows = {
+        "q": c.num_attention_heads * c.head_dim,
+        "k": c.num_key_value_heads * c.head_dim,
+        "v": c.num_key_value_heads * c.head_dim,
+    }
+    qkv = GroupedQKV(
+        c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
+    )
+
+    def projections(kind: str, *columns: int) -> tuple[HfTensor, ...]:
+        return tuple(
+            HfTensor(f"{theirs}.self_attn.{part}_proj.{kind}", (size, *columns))
+            for part, size in rows.items()
+        )
+
+    for megatron, hf in (
+        ("input_layernorm", "input_layernorm"),
+        ("pre_mlp_layernorm", "post_attention_layernorm"),
+    ):
+        yield Rule(f"{ours}.{megatron}.weight", (HfTensor(f"{theirs}.{hf}.weight", (c.hidden_size,)),))
+    linear_qkv = f"{ours}.self_attention.linear_qkv"
+    yield Rule(f"{linear_qkv}.weight", projections("weight", c.hidden_size), qkv, Along(0))
+    if c.attention_bias:
+        yield Rule(f"{linear_qkv}.bias", projections("bias"), qkv, Along(0))
+    output = HfTensor(f"{theirs}.self_attn.o_proj.weight", (c.hidden_size, rows["q"]))
+    yield Rule(f"{ours}.self_attention.linear_proj.weight", (output,), shard=Along(1))
+
+
+def _dense_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
+    ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+    yield from _swiglu_rules(ours, theirs, c.hidden_size, c.intermediate_size)
+
+
+def _moe_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
+    ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+    gate = HfTensor(f"{theirs}.gate.weight", (c.n_routed_experts, c.hidden_size))
+    bias = HfTensor(f"{theirs}.gate.e_score_correction_bias", (c.n_routed_experts,))
+    yield Rule(f"{ours}.router.weight", (gate,))
+    yield Rule(f"{ours}.router.expert_bias", (bias,))
+    if c.n_shared_experts:
+        width = c.n_shared_experts * c.moe_intermediate_size
+        yield from _swiglu_rules(f"{ours}.shared_experts", f"{theirs}.shared_experts", c.hidden_size, width)
+    for expert in range(c.n_routed_experts):
+        local, remote = f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}"
+        for rule in _swiglu_rules(local, remote, c.hidden_size, c.moe_intermediate_size):
+            yield Rule(rule.megatron, rule.hf, rule.join)
+
+
+def _swiglu_rules(ours: str, theirs: str, hidden: int, width: int) -> Iterator[Rule]:
+    gate_up = tuple(HfTensor(f"{theirs}.{part}_proj.weight", (width, hidden)) for part in ("gate", "up"))
+    down = HfTensor(f"{theirs}.down_proj.weight", (hidden, width))
+    yield Rule(f"{ours}.linear_fc1.weight", gate_up, GateUp(), GatedRows())
+    yield Rule(f"{ours}.linear_fc2.weight", (down,), shard=Along(1))

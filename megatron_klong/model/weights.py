@@ -1,0 +1,141 @@
+"""Where the weights of a model come from, and how a rank takes its part of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.model.weight_map import HfTensor, weight_rules
+
+WeightSource = Callable[[HfTensor], Tensor]
+"""Gives the full tensor for a name of the Hugging Face checkpoint."""
+
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+def random_weights(config: Glm4MoeConfig, seed: int) -> WeightSource:
+    """Fresh weights: normal with ``initializer_range``, norms one, biases zero.
+
+    Each tensor has a generator of its own, seeded by its name, so that the model is the same at
+    every parallel layout.
+    """
+
+    def source(tensor: HfTensor) -> Tensor:
+        if tensor.name.endswith("norm.weight"):
+            return torch.ones(tensor.shape)
+        if tensor.name.endswith("bias"):
+            return torch.zeros(tensor.shape)
+        digest = hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.empty(tensor.shape).normal_(0.0, config.initializer_range, generator=generator)
+
+    return source
+
+
+def mapping_weights(tensors: Mapping[str, Tensor], origin: str) -> WeightSource:
+    """Weights held by name, with experts one by one or fused (``experts.gate_up_proj``).
+
+    Raises (when called): ValueError for a tensor that is missing or misshapen.
+    """
+
+    def source(tensor: HfTensor) -> Tensor:
+        found = tensors[tensor.name] if tensor.name in tensors else _from_fused(tensors, tensor.name)
+        if found is None:
+            raise ValueError(f"{origin}: tensor {tensor.name!r} is missing")
+        if tuple(found.shape) != tensor.shape:
+            raise ValueError(
+                f"{origin}: tensor {tensor.name!r} has shape {tuple(found.shape)}, "
+                f"the config wants {tensor.shape}"
+            )
+        return found
+
+    return source
+
+
+def safetensors_weights(folder: Path) -> WeightSource:
+    """Weights of a Hugging Face folder, each tensor read when it is asked for."""
+    from safetensors import safe_open
+
+    files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    if not files:
+        raise ValueError(f"model.weights: no *.safetensors in {folder}")
+    return mapping_weights(_LazyTensors({name: file for file in files for name in file.keys()}), str(folder))
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """A mapping over opened safetensors files that reads a tensor on look-up."""
+
+    def __init__(self, files: dict) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+
+def _from_fused(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    down = match["part"] == "down"
+    fused = f"{match['experts']}.{'down' if down else 'gate_up'}_proj"
+    if fused not in tensors:
+        return None
+    expert = tensors[fused][int(match["index"])]
+    return expert if down else expert.chunk(2, dim=0)[match["part"] == "up"]
+
+
+def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
+    """Parameters and saved buffers of this rank by global Megatron name.
+
+    Layer and expert numbers, which Megatron counts from 0 on every pipeline and expert rank, are
+    made global.
+    """
+    persistent = model.state_dict(keep_vars=True)
+    tensors = {name: value for name, value in persistent.items() if isinstance(value, Tensor)}
+    return {_global_name(model, name): tensor for name, tensor in tensors.items()}
+
+
+def _global_name(model: GPTModel, name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        return name
+    layer = model.decoder.layers[int(parts[2])]
+    parts[2] = str(layer.layer_number - 1)
+    if "local_experts" in parts:
+        place = parts.index("local_experts") + 1
+        parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def load_weights(model: GPTModel, config: Glm4MoeConfig, source: WeightSource) -> None:
+    """Fill this rank's part of the model from full tensors, at any TP, PP and EP."""
+    rules = weight_rules(config)
+    tp_group = model.pg_collection.tp
+    for name, tensor in rank_tensors(model).items():
+        rule = rules[name]
+        full = rule.join.join([source(part) for part in rule.hf])
+        tensor.copy_(rule.shard.shard(full, tp_group.rank(), tp_group.size()))
+
+
+def parameter_count(config: Glm4MoeConfig) -> int:
+    """Trained parameters of the whole model; the router bias is a buffer and does not count."""
+    rules: Iterable = weight_rules(config).values()
+    shapes = [part.shape for rule in rules for part in rule.hf if "expert_bias" not in rule.megatron]
+    return sum(torch.Size(shape).numel() for shape in shapes)

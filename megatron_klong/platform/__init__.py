@@ -1,0 +1,23 @@
+"""The one place that knows whether this is a CPU or a GPU machine."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_klong.platform.base import Platform
+
+__all__ = ["Platform", "activate"]
+
+
+def activate() -> Platform:
+    """Prepare this process for Megatron-Core on the machine's own device, and say which it is.
+
+    Must run before any Megatron model is built. CUDA where PyTorch can use it, else the CPU.
+    """
+    if torch.cuda.is_available():
+        from megatron_klong.platform import cuda
+
+        return cuda.install()
+    from megatron_klong.platform import cpu
+
+    return cpu.install()
