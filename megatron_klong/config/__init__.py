@@ -1,7 +1,12 @@
 """Settings: pydantic models, YAML, ``key=value`` overrides. Imports neither torch nor vllm."""
 
 from megatron_klong.config.base import StrictModel
-from megatron_klong.config.load import config_keys, dump_config, load_config, validate_config
+from megatron_klong.config.load import (
+    config_keys,
+    dump_config,
+    load_config,
+    validate_config,
+)
 from megatron_klong.config.parallel import ParallelConfig
 from megatron_klong.config.sft import (
     DataConfig,

@@ -109,6 +109,9 @@ class TrainingConfig(StrictModel):
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are deleted after a new one is complete."""
 
+    log_every: int = Field(default=10, gt=0)
+    """Steps between progress lines; `metrics.jsonl` has every step."""
+
 
 class SftConfig(StrictModel):
     """A whole supervised fine-tuning run."""

@@ -1,7 +1,14 @@
 """What a model sees at a turn: one rule for training windows and live contexts."""
 
 from megatron_klong.window.context import ContextWindow, WindowCursor
-from megatron_klong.window.facts import Context, NotTrained, Split, TrajectoryFacts, TurnFacts, Window
+from megatron_klong.window.facts import (
+    Context,
+    NotTrained,
+    Split,
+    TrajectoryFacts,
+    TurnFacts,
+    Window,
+)
 from megatron_klong.window.truncation import Kept, truncate
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Token store, windows over it, packed rows."""

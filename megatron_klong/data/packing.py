@@ -1,0 +1,56 @@
+"""Windows into rows of equal length: best fit, seeded, the same for every parallel layout."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+
+def pack_rows(lengths: np.ndarray, row_tokens: int, seed: int) -> list[np.ndarray]:
+    """Best-fit decreasing: the indices of ``lengths`` in each row, rows in a seeded order.
+
+    The seed breaks ties among equal lengths and orders rows, and windows within a row; so another
+    seed gives other rows.
+
+    Raises:
+        ValueError: a length exceeds ``row_tokens``.
+    """
+    if len(lengths) and int(lengths.max()) > row_tokens:
+        raise ValueError(f"data.row_tokens={row_tokens} is less than a sample of {int(lengths.max())}")
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for sample in order.tolist():
+        length = int(lengths[sample])
+        place = bisect_left(free, (length, -1))
+        if place == len(free):
+            room, row = row_tokens, len(rows)
+            rows.append([])
+        else:
+            room, row = free.pop(place)
+        rows[row].append(sample)
+        if room > length:
+            insort(free, (room - length, row))
+    return [random.permutation(rows[row]) for row in random.permutation(len(rows)).tolist()]
+
+
+def minimum_rows(lengths: np.ndarray, row_tokens: int) -> int:
+    """A lower bound on the rows that any packing needs (Martello and Toth's L2, which covers L1).
+
+    For every threshold k: samples over R - k share a row with none of size k or more; those over
+    R / 2 share with none of their kind; the rest of size k or more fills what these leave.
+    """
+    if not len(lengths):
+        return 0
+    sizes = np.sort(lengths.astype(np.int64))
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    half = int(np.searchsorted(sizes, row_tokens // 2, side="right"))  # sizes[half:] exceed R / 2
+    k = np.unique(np.concatenate([[0], sizes[:half]]))
+    large = np.searchsorted(sizes, row_tokens - k, side="right")  # sizes[large:] exceed R - k
+    small = np.searchsorted(sizes, k, side="left")  # sizes[:small] are below k
+    room = (large - half) * row_tokens - (total[large] - total[half])
+    rest = np.maximum(total[half] - total[small] - room, 0)
+    return int((len(sizes) - half + -(-rest // row_tokens)).max())

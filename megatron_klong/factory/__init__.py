@@ -1,0 +1,1 @@
+"""Research-Factory: tasks and the trajectories of experts on them."""

@@ -1,0 +1,147 @@
+"""Starts the ranks of one node, watches them, and leaves none behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A started rank; ``log`` has its stderr."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class _Interrupted(Exception):
+    """A signal asks for the end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> int:
+    """Run ``python -m module`` on ``nproc`` ranks and wait; returns the exit code.
+
+    Rank 0 prints to this process's stdout; every rank's stderr goes to ``logs/rank_N.log``. When
+    one fails, or on SIGINT, SIGTERM or SIGHUP, all are ended, with everything they started. If this
+    process is killed, the kernel ends them.
+
+    Returns:
+        0; the exit code of the first rank that failed; or 128 + the signal's number.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _interrupt) for number in caught}
+    ranks: list[Rank] = []
+    try:
+        port = _free_port()
+        for number in range(nproc):
+            ranks.append(_start(module, arguments, number, nproc, port, logs))
+        failed = _wait(ranks)
+        if failed is not None:
+            print(_explain(failed), file=sys.stderr, flush=True)
+            return failed.process.returncode if failed.process.returncode > 0 else 1
+        return 0
+    except _Interrupted as interruption:
+        print(f"stopped by {signal.Signals(interruption.number).name}", file=sys.stderr, flush=True)
+        return 128 + interruption.number
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_IGN)
+        _end(ranks)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise _Interrupted(number)
+
+
+def _start(
+    module: str, arguments: Sequence[str], number: int, nproc: int, port: int, logs: Path
+) -> Rank:
+    environment = {
+        # With several ranks on few cores, threads of one rank only get in another's way.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        # One node: gloo need not ask what the host name resolves to.
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(nproc),
+        "KLONG_LAUNCHER": str(os.getpid()),
+    }
+    log = logs / f"rank_{number}.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None if number == 0 else stderr,
+            stderr=stderr,
+            start_new_session=True,  # a terminal's Ctrl-C reaches only us, and we end the group
+        )
+    return Rank(number, process, log)
+
+
+def _wait(ranks: list[Rank]) -> Rank | None:
+    """Until all have ended well (None), or one has failed (that one)."""
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        failed = [rank for rank, code in zip(ranks, codes, strict=True) if code]
+        if failed:
+            # A user's error (2) says more than the ranks that lost their peer by it.
+            return min(failed, key=lambda rank: (rank.process.returncode != 2, rank.number))
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(_POLL_SECONDS)
+
+
+def _explain(rank: Rank) -> str:
+    lines = rank.log.read_text(errors="replace").splitlines()
+    code = rank.process.returncode
+    if code == 2 and lines:
+        return lines[-1]
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    return "\n".join([*lines[-20:], f"error: rank {rank.number} {ended}; its log: {rank.log}"])
+
+
+def _end(ranks: list[Rank]) -> None:
+    """End the process groups of all ranks: politely, then by force."""
+    _signal(ranks, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline and any(rank.process.poll() is None for rank in ranks):
+        time.sleep(_POLL_SECONDS)
+    _signal(ranks, signal.SIGKILL)
+    for rank in ranks:
+        rank.process.wait()
+
+
+def _signal(ranks: list[Rank], number: signal.Signals) -> None:
+    for rank in ranks:
+        try:
+            os.killpg(rank.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,118 @@
+"""The directory of a run: one run lives in it, and a second start resumes that one or is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_klong.config import SftConfig, dump_config
+
+_CHANGEABLE = ("parallel", "run.dir", "training.eval_every", "training.save_every",
+               "training.keep_last", "training.log_every")  # fmt: skip
+"""Keys that may differ on a resume: they change how a run is executed, not what it computes."""
+
+
+class RunDirectory:
+    """Paths of a run, and the check that a directory holds the run that is about to start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.identity = path / "identity.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one process.
+
+        Raises:
+            ValueError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"run.dir={self.path}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"run.dir={self.path}: another process is running in it; wait for it, or choose "
+                    "another directory"
+                ) from None
+            yield
+
+    def prepare(self, config: SftConfig, data_hash: str, *, fresh: bool) -> bool:
+        """Claim the directory for this run; returns whether it holds an earlier start of the same.
+
+        Args:
+            config: the resolved config; saved as ``config.yaml``.
+            data_hash: content hash of the token store.
+            fresh: delete an earlier run first.
+
+        Raises:
+            ValueError: the directory holds another run, or files that are no run.
+        """
+        if fresh:
+            self._delete_run()
+        identity = run_identity(config, data_hash)
+        known = self.identity.is_file()
+        if known:
+            self._refuse_other_run(json.loads(self.identity.read_text()), identity)
+        elif any(path.name != ".lock" for path in self.path.iterdir()):
+            raise ValueError(
+                f"run.dir={self.path}: holds files that are no run of this package; choose an empty "
+                "or new directory"
+            )
+        self.config.write_text(dump_config(config))
+        self.identity.write_text(json.dumps(identity, indent=2) + "\n")
+        return known
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop lines after ``step``: a resumed run writes them again."""
+        if not self.metrics.is_file():
+            return
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.metrics.write_text("".join(kept))
+
+    def _refuse_other_run(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            first = changed[0]
+            raise ValueError(
+                f"run.dir={self.path}: holds a run with other settings: {', '.join(changed)} "
+                f"({first} was {before.get(first)!r}, now {now.get(first)!r}); choose another "
+                "run.dir, or --fresh to delete that run"
+            )
+
+    def _delete_run(self) -> None:
+        if not self.identity.is_file():
+            return
+        for path in (self.config, self.identity, self.metrics):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.logs):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_identity(config: SftConfig, data_hash: str) -> dict[str, Any]:
+    """What makes two starts the same run: dotted keys to values, with the content of the data."""
+    flat = dict(_flatten(config.model_dump(mode="json")))
+    same = {key: value for key, value in flat.items() if not key.startswith(_CHANGEABLE)}
+    return {**same, "data.content": data_hash}
+
+
+def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield above + key, value

@@ -1,0 +1,132 @@
+"""One optimizer step, and one evaluation: the same functions for SFT and RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_klong.data.rows import PackedRow
+from megatron_klong.training.trainer import Trainer
+
+Objective = Callable[[Tensor, PackedRow, Tensor], Tensor]
+"""``(log_probs_R, row, loss_mask_R) -> sum over the row's trained tokens`` (a scalar to minimise)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: objective summed over the trained tokens of the global batch, over their number.
+        trained_tokens: that number.
+        tokens: all tokens of the batch's samples, padding excluded.
+        grad_norm: global gradient norm before clipping.
+        learning_rate: that the step was taken with.
+    """
+
+    loss: float
+    trained_tokens: int
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean objective over the trained tokens of some rows."""
+
+    loss: float
+    trained_tokens: int
+
+
+def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> StepResult:
+    """Forward, backward and one update over this data-parallel rank's rows of the global batch."""
+    trainer.model.train()
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    sums = _run(trainer, rows, objective, forward_only=False)
+    # Advanced before the update, so that the first step already has a rate above 0.
+    trainer.scheduler.step(increment=1)
+    _, grad_norm, _ = trainer.optimizer.step()
+    return StepResult(
+        loss=sums.loss,
+        trained_tokens=sums.trained_tokens,
+        tokens=sums.tokens,
+        grad_norm=float(grad_norm or 0.0),
+        learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
+    )
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> EvaluationResult:
+    """The same loss without gradients; all data-parallel ranks must bring equally many rows."""
+    trainer.model.eval()
+    sums = _run(trainer, rows, objective, forward_only=True)
+    return EvaluationResult(sums.loss, sums.trained_tokens)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    loss: float
+    trained_tokens: int
+    tokens: int
+
+
+def _run(
+    trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool
+) -> _Sums:
+    losses: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, trainer.device, objective),
+        data_iterator=iter(rows),
+        model=[trainer.model],
+        num_microbatches=len(rows),
+        seq_length=trainer.row_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    trained = sum(float(row.loss_mask_R.sum()) for row in rows)
+    used = sum(row.sample_tokens for row in rows)
+    # Only the last stage knows the loss; every stage knows the counts.
+    total = torch.tensor(
+        [float(sum(losses)) if losses else 0.0, trained, used], dtype=torch.float64, device=trainer.device
+    )
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
+    loss_sum, trained_total, used_total = total.tolist()
+    return _Sums(loss_sum / max(trained_total, 1.0), int(trained_total), int(used_total))
+
+
+def _forward_step(
+    device: torch.device, objective: Objective, rows: Iterator[PackedRow], model: Any
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Megatron's forward step: the model's output and how to make a loss of it."""
+    row = next(rows)
+    boundaries = torch.from_numpy(row.cu_seqlens).to(device)
+    longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    tokens_1R = torch.from_numpy(row.tokens_R).to(device).unsqueeze(0)
+    labels_1R = torch.from_numpy(row.labels_R).to(device).unsqueeze(0)
+    output = model(tokens_1R, None, None, labels=labels_1R, packed_seq_params=packed)
+
+    def loss_of(token_losses_1R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mask_R = torch.from_numpy(row.loss_mask_R).to(device)
+        loss = objective(-token_losses_1R.squeeze(0), row, mask_R)
+        count = mask_R.sum().to(torch.int)
+        return loss, count, loss.detach()
+
+    return output, loss_of

@@ -1,0 +1,50 @@
+"""One rank of a training run: ``python -m megatron_klong.training.worker RUN_DIR``.
+
+Started by ``klong sft`` on one node, or by torchrun or srun; reads the resolved config of the run
+directory and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_klong.config import SftConfig, load_config
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(run_dir: Path) -> int:
+    """Train; returns the exit code, 2 for an error of the user's."""
+    try:
+        train(load_config(SftConfig, run_dir / "config.yaml"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def train(config: SftConfig) -> None:
+    """Join the process group as torchrun's environment says and run the loop."""
+    from megatron_klong.training.initialize import distributed, quiet_imports
+
+    quiet_imports()
+    from megatron_klong.training.sft import run_sft
+
+    with distributed(config.parallel, config.run.seed) as platform:
+        run_sft(config, platform)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is gone, however it died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    if "KLONG_LAUNCHER" in os.environ:
+        die_with_parent()
+    sys.exit(main(Path(sys.argv[1])))

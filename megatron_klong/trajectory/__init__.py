@@ -1,0 +1,1 @@
+"""Trajectories: records, readers and renderers."""

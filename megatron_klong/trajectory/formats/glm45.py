@@ -1,0 +1,102 @@
+"""The chat format of GLM-4.5 (and 4.6).
+
+An assistant message has no end token of its own: the model stops by producing the token that
+opens what follows, ``<|observation|>`` before tool results and ``<|user|>`` otherwise. All
+reasoning is kept, also before the last user message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_klong.trajectory.formats.reasoning import split_reasoning
+from megatron_klong.trajectory.render import Control, Piece
+from megatron_klong.trajectory.schema import Json, Message, ToolCall
+
+_USER, _SYSTEM = Control("<|user|>"), Control("<|system|>")
+_OBSERVATION, _ASSISTANT = Control("<|observation|>"), Control("<|assistant|>")
+
+_TOOLS_BEFORE = """
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+"""
+_TOOLS_AFTER = """</tools>
+
+For each function call, output the function name and arguments within the following XML format:
+<tool_call>{function-name}
+<arg_key>{arg-key-1}</arg_key>
+<arg_value>{arg-value-1}</arg_value>
+<arg_key>{arg-key-2}</arg_key>
+<arg_value>{arg-value-2}</arg_value>
+...
+</tool_call>"""
+
+
+class Glm45Format:
+    """See the module's text."""
+
+    name = "glm-4.5"
+    controls = (
+        "[gMASK]",
+        "<sop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+        "<|endoftext|>",
+    )
+
+    def opening(self) -> list[Piece]:
+        return [_ASSISTANT]
+
+    def initial(self, messages: Sequence[Message], tools: Sequence[Json]) -> list[Piece]:
+        pieces: list[Piece] = [Control("[gMASK]"), Control("<sop>")]
+        if tools:
+            described = "".join(f"{_json(tool)}\n" for tool in tools)
+            pieces += [_SYSTEM, _TOOLS_BEFORE + described + _TOOLS_AFTER]
+        return pieces + self.answer(messages)
+
+    def action(self, message: Message, *, last: bool) -> list[Piece]:
+        reasoning, content = split_reasoning(message)
+        text = f"\n<think>{reasoning.strip()}</think>"
+        if content.strip():
+            text += "\n" + content.strip()
+        return [text + "".join(_call(call) for call in message.tool_calls)]
+
+    def stop(self, answer: Sequence[Message]) -> Control:
+        return _OBSERVATION if answer and answer[0].role == "tool" else _USER
+
+    def answer(self, messages: Sequence[Message]) -> list[Piece]:
+        pieces: list[Piece] = []
+        previous = None
+        for message in messages:
+            if message.role == "tool":
+                if previous != "tool":
+                    pieces.append(_OBSERVATION)
+                pieces.append(f"\n<tool_response>\n{message.content or ''}\n</tool_response>")
+            else:
+                pieces += [Control(f"<|{message.role}|>"), "\n" + (message.content or "")]
+            previous = message.role
+        return pieces
+
+    def aside(self, text: str) -> list[Piece]:
+        return [_USER, "\n" + text]
+
+
+def _call(call: ToolCall) -> str:
+    arguments = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value if isinstance(value, str) else _json(value)}"
+        "</arg_value>\n"
+        for key, value in call.arguments.items()
+    )
+    return f"\n<tool_call>{call.name}\n{arguments}</tool_call>"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,186 @@
+"""Messages to token ids, once per block; everything downstream slices these ids.
+
+A chat *format* (one per model family) says which text and which control tokens stand for a
+message. The :class:`Renderer` joins it to a tokenizer. Control tokens are inserted by id and never
+parsed from content, so a message that spells ``<|user|>`` cannot forge a role.
+
+Block by block: the initial messages; then for every turn the *opening* of the assistant message
+(context), the *action* (what the model produced, its stop id included) and the *answer block*. An
+answer block is rendered without its first token where that token is the action's stop id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from megatron_klong.trajectory.schema import (
+    Json,
+    Message,
+    Trajectory,
+    initial_messages,
+    turns,
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token, by its spelling in the tokenizer."""
+
+    token: str
+
+
+Piece = str | Control
+
+
+class ChatFormat(Protocol):
+    """How one model family writes a conversation."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Every control token the format uses."""
+        ...
+
+    def opening(self) -> list[Piece]:
+        """What opens an assistant message; the generation prompt."""
+        ...
+
+    def initial(self, messages: Sequence[Message], tools: Sequence[Json]) -> list[Piece]:
+        """The messages before the first action, with the tool descriptions."""
+        ...
+
+    def action(self, message: Message, *, last: bool) -> list[Piece]:
+        """What the assistant produces, without its stop token; ``last`` of the conversation."""
+        ...
+
+    def stop(self, answer: Sequence[Message]) -> Control:
+        """The stop token that ends an action which ``answer`` follows (empty at the end)."""
+        ...
+
+    def answer(self, messages: Sequence[Message]) -> list[Piece]:
+        """A whole answer block, from the token after the action (its stop token where shared)."""
+        ...
+
+    def aside(self, text: str) -> list[Piece]:
+        """A message of the environment, such as the marker for omitted turns."""
+        ...
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """Token ids of one turn.
+
+    Attributes:
+        action_ids: opening and action; the first ``len(opening_ids)`` of them are context.
+        answer_ids: the answer block, empty where nothing answers.
+    """
+
+    action_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RenderedTrajectory:
+    """Token ids of a whole trajectory, in blocks."""
+
+    initial_ids: tuple[int, ...]
+    turns: tuple[RenderedTurn, ...]
+
+
+class Renderer:
+    """A chat format with a tokenizer."""
+
+    def __init__(self, chat_format: ChatFormat, tokenizer: Tokenizer, fingerprint: str) -> None:
+        """Raises ValueError where the tokenizer lacks a control token of the format."""
+        self.format = chat_format
+        self.fingerprint = fingerprint
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        # Control tokens come in by id only; their spelling inside content is ordinary text.
+        tokenizer.encode_special_tokens = True
+        self._control_ids = {token: self._control_id(token) for token in chat_format.controls}
+        self.opening_ids = self.encode(chat_format.opening())
+
+    def _control_id(self, token: str) -> int:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(
+                f"tokenizer: has no token {token!r}, which the {self.format.name} format needs; "
+                "use the tokenizer of a model of that family"
+            )
+        return token_id
+
+    def encode(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+        """Token ids of pieces; neighbouring texts are encoded as one."""
+        ids: list[int] = []
+        text = ""
+        for piece in pieces:
+            if isinstance(piece, str):
+                text += piece
+                continue
+            ids += self._encode_text(text)
+            ids.append(self._control_ids[piece.token])
+            text = ""
+        return tuple(ids + self._encode_text(text))
+
+    def _encode_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids with control tokens spelled out, for people."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def marker(self, text: str) -> tuple[int, ...]:
+        """Ids of the message that stands where turns are omitted."""
+        return self.encode(self.format.aside(text))
+
+    def note(self, text: str) -> tuple[int, ...]:
+        """Ids of the text that stands where a block was cut."""
+        return self.encode([text])
+
+    def render(self, trajectory: Trajectory) -> RenderedTrajectory:
+        """Render every block of a trajectory once."""
+        parts = turns(trajectory.messages)
+        rendered: list[RenderedTurn] = []
+        for number, turn in enumerate(parts):
+            ends = number == len(parts) - 1 and not turn.answer
+            pieces = self.format.action(turn.action, last=ends)
+            stop = None if turn.action.cut else self.format.stop(turn.answer)
+            answer = [] if ends else self.format.answer(turn.answer)
+            if stop is not None:
+                pieces = [*pieces, stop]
+                answer = answer[1:] if answer[:1] == [stop] else answer
+            rendered.append(RenderedTurn(self.opening_ids + self.encode(pieces), self.encode(answer)))
+        initial = self.format.initial(initial_messages(trajectory.messages), trajectory.tools)
+        return RenderedTrajectory(self.encode(initial), tuple(rendered))
+
+
+def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:
+    """The renderer of a family with the ``tokenizer.json`` of a folder.
+
+    Raises:
+        ValueError: no such renderer, no such file, or a tokenizer of another family.
+    """
+    from megatron_klong.trajectory.formats import FORMATS
+
+    if name not in FORMATS:
+        raise ValueError(
+            f"renderer {name!r} is not registered (there are: {', '.join(FORMATS)}); a chat template "
+            "that rewrites earlier turns cannot be split without one"
+        )
+    file = tokenizer_dir / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"tokenizer: no tokenizer.json in {tokenizer_dir}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for any malformed file
+        raise ValueError(f"tokenizer: {file} cannot be read: {error}") from error
+    return Renderer(FORMATS[name], tokenizer, hashlib.sha256(file.read_bytes()).hexdigest())
