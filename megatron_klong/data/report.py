@@ -127,9 +127,7 @@ def assistant_tokens(trajectory: StoredTrajectory, opening: int) -> np.ndarray:
     return produced
 
 
-def _times_trained(
-    trajectory: StoredTrajectory, split: Split, assembler: WindowAssembler
-) -> np.ndarray:
+def _times_trained(trajectory: StoredTrajectory, split: Split, assembler: WindowAssembler) -> np.ndarray:
     """In how many windows' loss masks every token of a trajectory stands."""
     times = np.zeros(len(trajectory.tokens), dtype=np.int64)
     for window in split.windows:

@@ -63,9 +63,7 @@ def fill_row(samples: list[TrainingSample], row_tokens: int) -> PackedRow:
     if sample_tokens < row_tokens:
         boundaries.append(row_tokens)
     names = tuple((sample.trajectory, sample.window) for sample in samples)
-    return PackedRow(
-        tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, sample_tokens
-    )
+    return PackedRow(tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, sample_tokens)
 
 
 class PackedRows:

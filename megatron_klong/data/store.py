@@ -88,7 +88,7 @@ class TokenStoreWriter:
         self._prefix = prefix
         self._renderer = renderer
         self._building = prefix.with_name(f".{prefix.name}.{os.getpid()}.building")
-        self._tokens = self._trained = self._trajectories = 0
+        self._tokens = self._trained = self.trajectories = 0
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> TokenStoreWriter:
@@ -120,9 +120,9 @@ class TokenStoreWriter:
         self._labels.write(line)
         mask = b"".join(masks)
         self._mask.write(mask)
-        for part in (tokens.numpy().tobytes(), mask, line.encode()):
-            self._hash.update(part)
-        self._trajectories += 1
+        for content in (tokens.numpy().tobytes(), mask, line.encode()):
+            self._hash.update(content)
+        self.trajectories += 1
         self._tokens += len(mask)
         self._trained += sum(mask)
 
@@ -153,7 +153,7 @@ class TokenStoreWriter:
             opening_ids=renderer.opening_ids,
             marker_ids=renderer.marker(MARKER_TEXT),
             note_ids=renderer.note(NOTE_TEXT),
-            trajectories=self._trajectories,
+            trajectories=self.trajectories,
             tokens=self._tokens,
             trained_tokens=self._trained,
             content_sha256=self._hash.hexdigest(),
@@ -206,7 +206,9 @@ class TokenStore:
                 f"store {prefix}: header says {self.header.tokens} tokens, .idx {int(lengths.sum())}, "
                 f".bin {stored}, .mask {masked}; a file is truncated or of another store, tokenize again"
             )
-        self._mask = np.memmap(part(prefix, "mask"), dtype=np.uint8, mode="r") if masked else np.empty(0, np.uint8)
+        self._mask = (
+            np.memmap(part(prefix, "mask"), dtype=np.uint8, mode="r") if masked else np.empty(0, np.uint8)
+        )
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def __len__(self) -> int:

@@ -75,9 +75,7 @@ def trajectory_facts(
         ValueError: the prefix rule is ``marked`` and the data gives no mark.
     """
     if config.prefix == "marked" and label.marked_turns is None:
-        raise ValueError(
-            f"trajectory {label.id!r}: window.prefix=marked needs prefix_messages in the data"
-        )
+        raise ValueError(f"trajectory {label.id!r}: window.prefix=marked needs prefix_messages in the data")
     sizes = lengths.tolist()
     facts = tuple(
         TurnFacts(
@@ -162,9 +160,7 @@ class WindowAssembler:
         action = self._block(2 * turn + 1, turn, bounds, kind, trained)
         return action + self._block(2 * turn + 2, turn, bounds, answer_kind, False)
 
-    def _block(
-        self, block: int, turn: int, bounds: np.ndarray, kind: SpanKind, trained: bool
-    ) -> list[Span]:
+    def _block(self, block: int, turn: int, bounds: np.ndarray, kind: SpanKind, trained: bool) -> list[Span]:
         """A block, cut to its cap; the opening of an action does not count against the cap."""
         start, stop = int(bounds[block]), int(bounds[block + 1])
         is_action = block % 2 == 1

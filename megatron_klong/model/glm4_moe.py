@@ -12,9 +12,7 @@ from megatron_klong.model.hf_config import Glm4MoeConfig
 from megatron_klong.model.specs import torch_block_spec
 
 
-def transformer_config(
-    hf: Glm4MoeConfig, parallel: ParallelConfig, dtype: torch.dtype
-) -> TransformerConfig:
+def transformer_config(hf: Glm4MoeConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's description of the model (design, section 4).
 
     The loss is summed over tokens and divided by the global count (``calculate_per_token_loss``).
@@ -68,9 +66,7 @@ def transformer_config(
     )
 
 
-def build_model(
-    hf: Glm4MoeConfig, parallel: ParallelConfig, dtype: torch.dtype, row_tokens: int
-) -> GPTModel:
+def build_model(hf: Glm4MoeConfig, parallel: ParallelConfig, dtype: torch.dtype, row_tokens: int) -> GPTModel:
     """This rank's part of the model, its weights not yet set (see ``weights.load_weights``)."""
     config = transformer_config(hf, parallel, dtype)
     return GPTModel(

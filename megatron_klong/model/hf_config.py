@@ -107,18 +107,14 @@ def _rope_values(raw: dict[str, Any], origin: str) -> dict[str, Any]:
         raise ValueError(f"{origin}: rope_parameters.rope_type={kind!r} is not implemented")
     return {
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e6)),
-        "partial_rotary_factor": rope.get(
-            "partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)
-        ),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)),
     }
 
 
 def _refuse_unimplemented(values: dict[str, Any], origin: str) -> None:
     for name, wanted in _REQUIRED_VALUES.items():
         if values.get(name, wanted) != wanted:
-            raise ValueError(
-                f"{origin}: {name}={values[name]!r} is not implemented; only {wanted!r} is"
-            )
+            raise ValueError(f"{origin}: {name}={values[name]!r} is not implemented; only {wanted!r} is")
     known = {field.name for field in fields(Glm4MoeConfig)}
     known |= _WITHOUT_INFLUENCE | _REQUIRED_VALUES.keys() | {"rope_parameters"}
     unknown = sorted(values.keys() - known)

@@ -22,6 +22,5 @@ def check_layout(hf: Glm4MoeConfig, parallel: ParallelConfig) -> None:
     ):
         if size % ways:
             raise ValueError(
-                f"parallel.{by}={ways} does not divide the model's {name}={size}; "
-                f"choose a divisor of {size}"
+                f"parallel.{by}={ways} does not divide the model's {name}={size}; choose a divisor of {size}"
             )

@@ -151,9 +151,7 @@ def _attention_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
         "k": c.num_key_value_heads * c.head_dim,
         "v": c.num_key_value_heads * c.head_dim,
     }
-    qkv = GroupedQKV(
-        c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
-    )
+    qkv = GroupedQKV(c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim)
 
     def projections(kind: str, *columns: int) -> tuple[HfTensor, ...]:
         return tuple(

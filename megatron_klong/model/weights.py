@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -66,19 +68,21 @@ def safetensors_weights(folder: Path) -> WeightSource:
     files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
     if not files:
         raise ValueError(f"model.weights: no *.safetensors in {folder}")
-    return mapping_weights(_LazyTensors({name: file for file in files for name in file.keys()}), str(folder))
+    return mapping_weights(
+        _LazyTensors({name: file for file in files for name in file.offset_keys()}), str(folder)
+    )
 
 
 class _LazyTensors(Mapping[str, Tensor]):
     """A mapping over opened safetensors files that reads a tensor on look-up."""
 
-    def __init__(self, files: dict) -> None:
+    def __init__(self, files: dict[str, Any]) -> None:
         self._files = files
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
@@ -136,6 +140,6 @@ def load_weights(model: GPTModel, config: Glm4MoeConfig, source: WeightSource) -
 
 def parameter_count(config: Glm4MoeConfig) -> int:
     """Trained parameters of the whole model; the router bias is a buffer and does not count."""
-    rules: Iterable = weight_rules(config).values()
+    rules = weight_rules(config).values()
     shapes = [part.shape for rule in rules for part in rule.hf if "expert_bias" not in rule.megatron]
-    return sum(torch.Size(shape).numel() for shape in shapes)
+    return sum(math.prod(shape) for shape in shapes)

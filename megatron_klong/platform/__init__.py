@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from megatron_klong.platform.base import Platform
 
-__all__ = ["Platform", "activate"]
+__all__ = ["Platform", "activate", "quiet_imports"]
 
 
 def activate() -> Platform:
@@ -21,3 +23,8 @@ def activate() -> Platform:
     from megatron_klong.platform import cpu
 
     return cpu.install()
+
+
+def quiet_imports() -> None:
+    """Silence what Megatron says on import where Transformer Engine and Apex are absent."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")

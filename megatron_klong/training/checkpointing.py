@@ -85,9 +85,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Progress:
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     model = trainer.model.module.sharded_state_dict(metadata=_METADATA)
-    optimizer = trainer.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=_METADATA
-    )
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return {"model": model, "optimizer": optimizer}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,20 +14,29 @@ from megatron_klong.platform import Platform, activate
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, seed: int, init_method: str = "env://", **rank: int) -> Iterator[Platform]:
+def distributed(
+    parallel: ParallelConfig,
+    seed: int,
+    *,
+    init_method: str = "env://",
+    rank: int = -1,
+    world_size: int = -1,
+) -> Iterator[Platform]:
     """Join the process group and set up Megatron's parallel state; leave both at the end.
 
     Args:
         parallel: the layout. The world size must be a multiple of what it needs.
         seed: for Megatron's RNG tracker.
         init_method: rendezvous; the default reads torchrun's environment.
-        rank: ``rank`` and ``world_size`` for a rendezvous that does not know them.
+        rank, world_size: for a rendezvous that does not know them.
 
     Raises:
         ValueError: the layout does not divide the world.
     """
     platform = activate()
-    torch.distributed.init_process_group(platform.backend, init_method=init_method, **rank)
+    torch.distributed.init_process_group(
+        platform.backend, init_method=init_method, rank=rank, world_size=world_size
+    )
     try:
         parallel.check(torch.distributed.get_world_size())
         parallel_state.initialize_model_parallel(
@@ -42,8 +50,3 @@ def distributed(parallel: ParallelConfig, seed: int, init_method: str = "env://"
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-
-
-def quiet_imports() -> None:
-    """Silence Megatron's import warnings about Transformer Engine and Apex being absent."""
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ class Rank:
     log: Path
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     """A signal asks for the end."""
 
     def __init__(self, number: int) -> None:
@@ -56,7 +57,7 @@ def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> 
             print(_explain(failed), file=sys.stderr, flush=True)
             return failed.process.returncode if failed.process.returncode > 0 else 1
         return 0
-    except _Interrupted as interruption:
+    except _InterruptedError as interruption:
         print(f"stopped by {signal.Signals(interruption.number).name}", file=sys.stderr, flush=True)
         return 128 + interruption.number
     finally:
@@ -68,12 +69,10 @@ def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> 
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    raise _Interrupted(number)
+    raise _InterruptedError(number)
 
 
-def _start(
-    module: str, arguments: Sequence[str], number: int, nproc: int, port: int, logs: Path
-) -> Rank:
+def _start(module: str, arguments: Sequence[str], number: int, nproc: int, port: int, logs: Path) -> Rank:
     environment = {
         # With several ranks on few cores, threads of one rank only get in another's way.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
@@ -135,10 +134,8 @@ def _end(ranks: list[Rank]) -> None:
 
 def _signal(ranks: list[Rank], number: signal.Signals) -> None:
     for rank in ranks:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def _free_port() -> int:

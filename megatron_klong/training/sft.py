@@ -33,7 +33,11 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
     hf = load_hf_config(config.model.hf_config)
     train, validation = build_datasets(config.data, config.run.seed)
     rows = PackedRows(train, config.data.row_length, config.run.seed)
-    held_out = _evaluation_rows(PackedRows(validation, config.data.row_length, 0), settings.eval_rows) if validation else []
+    held_out = (
+        _evaluation_rows(PackedRows(validation, config.data.row_length, 0), settings.eval_rows)
+        if validation
+        else []
+    )
     trainer = build_trainer(config, hf, platform)
 
     progress = Progress(step=0, next_row=0)

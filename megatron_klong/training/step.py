@@ -80,9 +80,7 @@ class _Sums:
     tokens: int
 
 
-def _run(
-    trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool
-) -> _Sums:
+def _run(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool) -> _Sums:
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer.device, objective),
         data_iterator=iter(rows),

@@ -29,9 +29,10 @@ def main(run_dir: Path) -> int:
 
 def train(config: SftConfig) -> None:
     """Join the process group as torchrun's environment says and run the loop."""
-    from megatron_klong.training.initialize import distributed, quiet_imports
+    from megatron_klong.platform import quiet_imports
 
     quiet_imports()
+    from megatron_klong.training.initialize import distributed
     from megatron_klong.training.sft import run_sft
 
     with distributed(config.parallel, config.run.seed) as platform:

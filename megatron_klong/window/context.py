@@ -74,10 +74,7 @@ class ContextWindow:
     def __post_init__(self) -> None:
         turn = self.action_room + self.reserve_observation
         needed = (
-            self.max_prefix_tokens
-            + self.marker_tokens
-            + max(self.overlap_tokens, turn)
-            + self.action_room
+            self.max_prefix_tokens + self.marker_tokens + max(self.overlap_tokens, turn) + self.action_room
         )
         if needed > self.max_tokens:
             raise ValueError(
@@ -191,9 +188,7 @@ class WindowCursor:
         size = self._rule.turn_tokens(turn)
         self._sizes.append(size)
         self._grow_prefix(turn, size)
-        self.context = replace(
-            self.context, next_turn=len(self._sizes), tokens=self.context.tokens + size
-        )
+        self.context = replace(self.context, next_turn=len(self._sizes), tokens=self.context.tokens + size)
         if self.context.tokens + self._rule.action_room > self._rule.max_tokens:
             self.context = self._slide()
         return self.context

@@ -1,0 +1,37 @@
+# Every target does its own set-up; on a fresh machine `make quickstart` is all that is needed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test test-all check format clean
+
+install: $(STAMP)  ## Make .venv with the right torch and everything else
+
+$(STAMP): pyproject.toml constraints/cpu.txt tools/install.sh
+	PYTHON=$(PYTHON) tools/install.sh $(VENV)
+	touch $@
+
+quickstart: $(STAMP)  ## Generate, split, train on 4 ranks: a few minutes on 2 cores
+	BIN=$(BIN) examples/quickstart/run.sh
+
+test: $(STAMP)  ## The tests that CI runs
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## All tests, the slow ones too
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## Lint, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Rewrite files as `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and runs
+	rm -rf $(VENV) runs

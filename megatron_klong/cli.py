@@ -1,0 +1,328 @@
+"""The ``klong`` command. Thin: it parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from megatron_klong.config import SftConfig, WindowConfig, load_config, validate_config
+
+app = typer.Typer(
+    help="A training stack for agents that work for hours.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data = typer.Typer(help="Trajectories in, windows out.", no_args_is_help=True)
+factory = typer.Typer(help="Tasks and expert trajectories.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(factory, name="factory")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine.")]
+Renderer = Annotated[str, typer.Option(help="Chat format: glm-4.5 or qwen3.")]
+Store = Annotated[
+    Path, typer.Argument(metavar="PREFIX", help="Token store, as given to `klong data tokenize --out`.")
+]
+Overlap = Annotated[int, typer.Option("--overlap", help="O: history a new window takes over.")]
+Generation = Annotated[int, typer.Option("--reserve-generation", help="G: room for one action.")]
+Observation = Annotated[int, typer.Option("--reserve-observation", help="B: cap of an answer block.")]
+Prefix = Annotated[str, typer.Option("--prefix", help="task, reading or marked.")]
+ReadingTool = Annotated[list[str], typer.Option("--reading-tool", help="Tool of reading turns; repeatable.")]
+PrefixFraction = Annotated[
+    float, typer.Option("--max-prefix-fraction", help="Cap of the prefix, share of L.")
+]
+Untrainable = Annotated[str, typer.Option("--untrainable", help="drop or error.")]
+
+
+@data.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="OpenAI chat JSONL files.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read trajectories; refused records go to OUT.quarantine.jsonl with the reason.
+
+    Example: klong data import chats.jsonl --out trajectories.jsonl
+    """
+    from megatron_klong.trajectory.importing import import_trajectories
+
+    with _counter("importing", "records") as tick:
+        report = import_trajectories(files, out, tick)
+    if as_json:
+        _print_json(report)
+        return
+    print(
+        f"{report.kept} of {report.read} trajectories ({report.messages} messages, "
+        f"{report.assistant_messages} of assistants) -> {report.out}"
+    )
+    for refusal in report.refusals:
+        print(f"refused {refusal}")
+    if report.quarantine:
+        print(f"{report.refused} refused records -> {report.quarantine}")
+
+
+@data.command()
+def train_tokenizer(
+    file: Annotated[Path, typer.Argument(help="File written by `klong data import`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Tokens, control tokens included.")] = 4096,
+    renderer: Renderer = "glm-4.5",
+) -> None:
+    """Make a small byte-level BPE tokenizer, to try data where a model's own is not at hand.
+
+    Example: klong data train-tokenizer trajectories.jsonl --vocab-size 1024 --out tokenizer
+    """
+    from megatron_klong.trajectory.formats import FORMATS
+    from megatron_klong.trajectory.importing import read_imported
+    from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
+
+    if renderer not in FORMATS:
+        raise ValueError(f"--renderer {renderer}: there are {', '.join(FORMATS)}")
+    chat_format = FORMATS[renderer]
+    texts = (text for item in read_imported(file) for text in trajectory_texts(item, chat_format))
+    tokenizer = train_bpe_tokenizer(texts, chat_format, vocab_size)
+    save_tokenizer(tokenizer, out)
+    print(f"{tokenizer.get_vocab_size()} tokens -> {out}")
+
+
+@data.command()
+def tokenize(
+    file: Annotated[Path, typer.Argument(help="File written by `klong data import`.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    out: Annotated[Path, typer.Option(metavar="PREFIX", help="Prefix of the store's files.")],
+    renderer: Renderer = "glm-4.5",
+    as_json: AsJson = False,
+) -> None:
+    """Render every message once and store tokens, loss mask and block boundaries.
+
+    Example: klong data tokenize trajectories.jsonl --tokenizer GLM-4.5-Air --out store/agent
+    """
+    _quiet()
+    from megatron_klong.data.tokenize import tokenize as run
+
+    with _counter("tokenizing", "trajectories") as tick:
+        header = run(file, out, renderer=renderer, tokenizer=tokenizer, on_record=tick)
+    if as_json:
+        _print_json(header)
+        return
+    print(
+        f"{header.trajectories} trajectories, {header.tokens:,} tokens ({header.trained_tokens:,} "
+        f"carry loss) -> {out}.bin"
+    )
+
+
+@data.command()
+def split(
+    store: Store,
+    max_tokens: Annotated[list[int], typer.Option("--max-tokens", help="L: context length; repeatable.")],
+    overlap: Overlap,
+    reserve_generation: Generation,
+    reserve_observation: Observation,
+    prefix: Prefix = "task",
+    reading_tool: ReadingTool = ["read_paper"],  # noqa: B006 (typer copies it)
+    max_prefix_fraction: PrefixFraction = 0.5,
+    untrainable: Untrainable = "drop",
+    row_tokens: Annotated[int | None, typer.Option(help="Tokens of a packed row; default L.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a store into windows and account for every assistant token. Writes nothing.
+
+    Example: klong data split store/agent --max-tokens 32768 --overlap 4096
+    --reserve-generation 4096 --reserve-observation 8192
+    """
+    _quiet()
+    from megatron_klong.data.report import split_report
+    from megatron_klong.data.store import TokenStore
+
+    settings = [
+        _window(length, overlap, reserve_generation, reserve_observation, prefix, reading_tool,
+                max_prefix_fraction, untrainable)
+        for length in max_tokens
+    ]  # fmt: skip
+    opened = TokenStore(store)
+    reports = [split_report(opened, window, row_tokens or window.max_tokens) for window in settings]
+    if as_json:
+        _print_json({"store": str(store), "settings": reports})
+        return
+    for report in reports:
+        packing = report.packing
+        print(
+            f"L={report.window.max_tokens}: {report.trajectories} trajectories (longest "
+            f"{report.longest_trajectory_tokens:,} tokens) -> {report.windows} windows (longest "
+            f"{report.longest_window_tokens:,}; up to {report.windows_per_trajectory_max} each)\n"
+            f"  assistant tokens {report.assistant_tokens:,}: trained once {report.trained_once:,}, "
+            f"more than once {report.trained_more_than_once:,}, not trained "
+            + ", ".join(f"{reason} {count:,}" for reason, count in report.not_trained.items())
+            + f"\n  omitted tokens per window {report.omitted_tokens_per_window:,.1f}; rows of "
+            f"{packing.row_tokens}: {packing.rows} at {packing.efficiency:.1%} (no packing can exceed "
+            f"{packing.efficiency_at_most:.1%})"
+        )
+
+
+@data.command()
+def show(
+    store: Store,
+    trajectory_id: Annotated[str, typer.Argument(metavar="ID", help="Trajectory id.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="L: context length.")],
+    overlap: Overlap,
+    reserve_generation: Generation,
+    reserve_observation: Observation,
+    prefix: Prefix = "task",
+    reading_tool: ReadingTool = ["read_paper"],  # noqa: B006 (typer copies it)
+    max_prefix_fraction: PrefixFraction = 0.5,
+    untrainable: Untrainable = "drop",
+    as_json: AsJson = False,
+) -> None:
+    """Lay one trajectory's windows open: spans, and with --json token ids and loss mask.
+
+    Example: klong data show store/agent django-13964 --max-tokens 32768 --overlap 4096
+    --reserve-generation 4096 --reserve-observation 8192 --json
+    """
+    _quiet()
+    from megatron_klong.data.show import show_trajectory
+    from megatron_klong.data.store import TokenStore
+
+    window = _window(max_tokens, overlap, reserve_generation, reserve_observation, prefix, reading_tool,
+                     max_prefix_fraction, untrainable)  # fmt: skip
+    view = show_trajectory(TokenStore(store), trajectory_id, window)
+    if as_json:
+        _print_json(view)
+        return
+    print(
+        f"{view.id}: {view.tokens:,} tokens, {view.turns} turns, {view.assistant_tokens:,} assistant tokens"
+    )
+    for shown in view.windows:
+        print(f"window {shown.window}: {shown.tokens:,} tokens, {shown.trained_tokens:,} trained")
+        for span in shown.spans:
+            where = "inserted" if span.start is None else f"{span.start}..{span.stop}"
+            turn = "" if span.turn is None else f"turn {span.turn}"
+            print(f"  {span.kind:<8} {turn:<9} {where:<16} {span.length:>6} tokens, {span.trained} trained")
+    for number, reason in view.not_trained.items():
+        print(f"turn {number} is not trained: {reason}")
+
+
+@factory.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tasks: Annotated[int, typer.Option(help="How many tasks.")] = 200,
+    seed: Annotated[int, typer.Option(help="Draws the tasks.")] = 0,
+    renderer: Renderer = "glm-4.5",
+    as_json: AsJson = False,
+) -> None:
+    """Generate replication tasks (paper, rubric), an expert's trajectories and their tokenizer.
+
+    Example: klong factory generate --tasks 200 --out runs/domain
+    """
+    from megatron_klong.data.header import MARKER_TEXT, NOTE_TEXT
+    from megatron_klong.factory.generate import generate_domain
+
+    with _counter("generating", "tasks") as tick:
+        report = generate_domain(
+            out, count=tasks, seed=seed, renderer=renderer,
+            inserted_texts=(MARKER_TEXT, NOTE_TEXT), on_task=tick,
+        )  # fmt: skip
+    if as_json:
+        _print_json(report)
+        return
+    print(
+        f"{report.count} tasks, {report.messages} messages of the expert (mean grade "
+        f"{report.mean_grade:.2f}), tokenizer of {report.vocab_size} tokens -> {out}"
+    )
+
+
+@app.command()
+def sft(
+    config: Annotated[Path, typer.Argument(help="YAML file; see examples/quickstart/sft.yaml.")],
+    overrides: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = [],  # noqa: B006
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start here (parallel.nproc).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in run.dir first.")] = False,
+) -> None:
+    """Fine-tune on split trajectories; started again, it resumes from the last checkpoint.
+
+    Starts its own ranks on this node; under torchrun it is one rank.
+
+    Example: klong sft examples/quickstart/sft.yaml optimizer.lr=1e-3
+    """
+    from megatron_klong.training.start import start_sft
+
+    if nproc is not None:
+        overrides = [*overrides, f"parallel.nproc={nproc}"]
+    raise typer.Exit(start_sft(load_config(SftConfig, config, overrides), fresh=fresh))
+
+
+def _window(
+    max_tokens: int, overlap: int, generation: int, observation: int, prefix: str,
+    reading_tools: list[str], max_prefix_fraction: float, untrainable: str,
+) -> WindowConfig:  # fmt: skip
+    values = {
+        "max_tokens": max_tokens,
+        "overlap_tokens": overlap,
+        "reserve_generation": generation,
+        "reserve_observation": observation,
+        "prefix": prefix,
+        "reading_tools": reading_tools,
+        "max_prefix_fraction": max_prefix_fraction,
+        "untrainable": untrainable,
+    }
+    return validate_config(WindowConfig, values, "of the window")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, default=_jsonable, ensure_ascii=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        # One level at a time, so that models inside records come through here too.
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+@contextmanager
+def _counter(doing: str, what: str) -> Iterator[Callable[[], None]]:
+    """A live count on a terminal's stderr; silent elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn(f"{doing} {{task.completed:.0f}} {what}"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda: bar.advance(task)
+
+
+def _quiet() -> None:
+    from megatron_klong.platform import quiet_imports
+
+    quiet_imports()
+
+
+def main() -> None:
+    """Entry point: a user's error is one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""One trajectory's windows in full, so that anyone can recount them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_klong.config import WindowConfig
+from megatron_klong.data.header import window_rule
+from megatron_klong.data.report import assistant_tokens
+from megatron_klong.data.store import TokenStore
+from megatron_klong.data.windows import SpanKind, WindowAssembler, split_trajectory
+
+
+@dataclass(frozen=True)
+class SpanView:
+    """A stretch of a window: ``length`` tokens, ``start`` to ``stop`` of the trajectory (both None
+    for inserted tokens)."""
+
+    kind: str
+    turn: int | None
+    start: int | None
+    stop: int | None
+    length: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class WindowView:
+    """One window: its stretches, token ids and loss mask (1 where the token is a target)."""
+
+    window: int
+    tokens: int
+    trained_tokens: int
+    spans: tuple[SpanView, ...]
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrajectoryView:
+    """A trajectory and its windows; ``not_trained`` maps turn numbers to reasons."""
+
+    id: str
+    tokens: int
+    turns: int
+    assistant_tokens: int
+    windows: tuple[WindowView, ...]
+    not_trained: dict[int, str]
+
+
+def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig) -> TrajectoryView:
+    """Split one trajectory and lay its windows open.
+
+    Raises:
+        ValueError: no such id, or impossible window settings.
+    """
+    number = store.find(trajectory_id)
+    trajectory = store.trajectory(number)
+    rule = window_rule(config, store.header)
+    assembler = WindowAssembler(rule, store.header)
+    split = split_trajectory(store, number, rule, config)
+    windows: list[WindowView] = []
+    for window in split.windows:
+        sample = assembler.sample(window, trajectory, number)
+        spans: list[SpanView] = []
+        offset = 0
+        for span in assembler.spans(window, trajectory.bounds):
+            length = assembler.span_length(span)
+            inserted = span.kind in (SpanKind.MARKER, SpanKind.NOTE)
+            spans.append(
+                SpanView(
+                    kind=span.kind.value,
+                    turn=span.turn,
+                    start=None if inserted else span.start,
+                    stop=None if inserted else span.stop,
+                    length=length,
+                    trained=int(sample.loss_mask_T[offset : offset + length].sum()),
+                )
+            )
+            offset += length
+        windows.append(
+            WindowView(
+                window=window.context.window,
+                tokens=window.tokens,
+                trained_tokens=int(sample.loss_mask_T.sum()),
+                spans=tuple(spans),
+                token_ids=tuple(sample.tokens_T.tolist()),
+                loss_mask=tuple(sample.loss_mask_T.astype(int).tolist()),
+            )
+        )
+    return TrajectoryView(
+        id=trajectory_id,
+        tokens=len(trajectory.tokens),
+        turns=len(trajectory.label.turns),
+        assistant_tokens=int(assistant_tokens(trajectory, len(store.header.opening_ids)).sum()),
+        windows=tuple(windows),
+        not_trained={turn: reason.value for turn, reason in split.not_trained},
+    )

@@ -1,0 +1,91 @@
+"""Writes the generated domain: papers, rubrics, expert trajectories and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_klong.factory.replication import ReplicationTask, expert_trajectory, generate_tasks
+from megatron_klong.trajectory.formats import FORMATS
+from megatron_klong.trajectory.importing import written_when_complete
+from megatron_klong.trajectory.openai_chat import write_openai_chat
+from megatron_klong.trajectory.render import Piece
+from megatron_klong.trajectory.tokenizer import phrase_tokenizer, save_tokenizer, trajectory_texts
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What was written.
+
+    Attributes:
+        mean_grade: of the expert's work; 1.0, or the expert is wrong.
+    """
+
+    tasks: str
+    trajectories: str
+    tokenizer: str
+    vocab_size: int
+    count: int
+    messages: int
+    mean_grade: float
+
+
+def generate_domain(
+    out: Path,
+    *,
+    count: int,
+    seed: int,
+    renderer: str,
+    inserted_texts: Iterable[str],
+    on_task: Callable[[], None] = lambda: None,
+) -> GenerationReport:
+    """Draw tasks, let the expert solve them, and make a tokenizer for what it saw and wrote.
+
+    Args:
+        out: folder for ``tasks/``, ``trajectories.jsonl`` and ``tokenizer/``.
+        count: how many tasks.
+        seed: draws them.
+        renderer: the chat format that the tokenizer serves.
+        inserted_texts: texts that the window rule inserts; they become tokens too.
+
+    Raises:
+        ValueError: unknown renderer, or ``count`` below 1.
+    """
+    if count < 1:
+        raise ValueError(f"--tasks {count}: must be at least 1")
+    if renderer not in FORMATS:
+        raise ValueError(f"--renderer {renderer}: there are {', '.join(FORMATS)}")
+    chat_format = FORMATS[renderer]
+    pieces: list[Piece] = [piece for text in inserted_texts for piece in (text, *chat_format.aside(text))]
+    texts = {piece for piece in pieces if isinstance(piece, str)}
+    messages, grades = 0, 0.0
+    file = out / "trajectories.jsonl"
+    with written_when_complete(file) as stream:
+        for task in generate_tasks(count, seed):
+            trajectory = expert_trajectory(task)
+            stream.write(write_openai_chat(trajectory) + "\n")
+            texts.update(trajectory_texts(trajectory, chat_format))
+            messages += len(trajectory.messages)
+            grades += trajectory.reward or 0.0
+            _write_task(task, out / "tasks" / task.id)
+            on_task()
+    tokenizer = phrase_tokenizer(texts, chat_format)
+    save_tokenizer(tokenizer, out / "tokenizer")
+    return GenerationReport(
+        tasks=str(out / "tasks"),
+        trajectories=str(file),
+        tokenizer=str(out / "tokenizer"),
+        vocab_size=tokenizer.get_vocab_size(),
+        count=count,
+        messages=messages,
+        mean_grade=grades / count,
+    )
+
+
+def _write_task(task: ReplicationTask, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "paper.md").write_text(task.paper)
+    (folder / "rubric.json").write_text(json.dumps(task.rubric(), indent=1) + "\n")
+    (folder / "task.json").write_text(json.dumps(asdict(task)) + "\n")

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the torch that fits this machine, and the package in it.
+# Usage: tools/install.sh [VENV]      PYTHON chooses the interpreter (3.11 or later).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+python=${PYTHON:-python3.11}
+command -v "$python" >/dev/null || python=python3
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: Python 3.11 or later is needed; set PYTHON to it" >&2
+    exit 2
+}
+"$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    echo "GPU found: installing the GPU stack of requirements.txt"
+    "${pip[@]}" install -q -r requirements.txt -c constraints/gpu.txt
+    "${pip[@]}" install -q -e '.[dev]' -c constraints/gpu.txt
+else
+    echo "no GPU found: installing the CPU build of torch"
+    "${pip[@]}" install -q 'torch==2.13.0+cpu' || {
+        echo "error: no CPU build of torch 2.13.0 was found. Set PIP_EXTRA_INDEX_URL to PyTorch's CPU" >&2
+        echo "wheel index (pytorch.org names it under Get Started, Compute Platform CPU), or" >&2
+        echo "PIP_FIND_LINKS to a folder that holds the wheel, and run this again." >&2
+        exit 2
+    }
+    "${pip[@]}" install -q -e '.[cpu,dev]' -c constraints/cpu.txt
+fi
+echo "installed in $venv"
