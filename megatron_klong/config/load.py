@@ -92,13 +92,14 @@ def _explain(model: type[BaseModel], path: list[str], error: Any) -> str:
 
 
 def _hint(model: type[BaseModel], path: list[str]) -> str:
-    """The nearest valid key: of the same section first, else of any."""
+    """The valid key meant: of that very name in another section, else the nearest of this section,
+    else of any."""
     keys = list(config_keys(model))
     above = ".".join(path[:-1])
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == above}
     everywhere = {key.rpartition(".")[2]: key for key in keys}
-    for names in (siblings, everywhere):
-        close = difflib.get_close_matches(path[-1], names, n=1)
+    for names, closeness in ((everywhere, 1.0), (siblings, 0.6), (everywhere, 0.6)):
+        close = difflib.get_close_matches(path[-1], names, n=1, cutoff=closeness)
         if close:
             return f"; did you mean {names[close[0]]!r}?"
     return f"; valid here: {', '.join(siblings)}"

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.indexed_dataset import (
     DType,
     IndexedDataset,
@@ -114,13 +113,13 @@ class TokenStoreWriter:
             blocks += [turn.action_ids, turn.answer_ids]
             masks.append(bytes(opening) + bytes([trained]) * (len(turn.action_ids) - opening))
             masks.append(bytes(len(turn.answer_ids)))
-        tokens = torch.tensor([token for block in blocks for token in block], dtype=torch.int64)
+        tokens = np.array([token for block in blocks for token in block], dtype=np.int64)
         self._builder.add_document(tokens, [len(block) for block in blocks])
         line = json.dumps(asdict(label), ensure_ascii=False) + "\n"
         self._labels.write(line)
         mask = b"".join(masks)
         self._mask.write(mask)
-        for content in (tokens.numpy().tobytes(), mask, line.encode()):
+        for content in (tokens.tobytes(), mask, line.encode()):
             self._hash.update(content)
         self.trajectories += 1
         self._tokens += len(mask)

@@ -125,11 +125,6 @@ class WindowAssembler:
         spans += self._block(2 * last + 1, last, bounds, _kind(last, context), last in trained)
         return spans
 
-    def context_spans(self, context: Context, bounds: np.ndarray) -> list[Span]:
-        """The stretches of a live context, before the opening of the next action."""
-        ended = Window(context, context.tokens, ())
-        return [span for span in self.spans(ended, bounds) if span.turn != context.next_turn]
-
     def sample(self, window: Window, trajectory: StoredTrajectory, number: int) -> TrainingSample:
         """Tokens and loss mask of a window."""
         spans = self.spans(window, trajectory.bounds)

@@ -29,7 +29,9 @@ def transformer_config(hf: Glm4MoeConfig, parallel: ParallelConfig, dtype: torch
         layernorm_epsilon=hf.rms_norm_eps,
         normalization="RMSNorm",
         init_method_std=hf.initializer_range,
-        perform_initialization=False,
+        # The values are overwritten, but only initialising marks weights as tensor parallel, and
+        # without the mark the gradient norm counts them on the first tensor-parallel rank alone.
+        perform_initialization=True,
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,

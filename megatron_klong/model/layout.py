@@ -24,3 +24,11 @@ def check_layout(hf: Glm4MoeConfig, parallel: ParallelConfig) -> None:
             raise ValueError(
                 f"parallel.{by}={ways} does not divide the model's {name}={size}; choose a divisor of {size}"
             )
+    if parallel.tensor > 1 and parallel.expert == 1:
+        # With expert parallelism off, Megatron 0.16 takes experts for dense weights and never sums
+        # their gradients over the tensor-parallel ranks, each of which routed other tokens.
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} with parallel.expert=1 would train the copies of the "
+            f"experts apart; use parallel.expert={parallel.tensor} or another divisor of "
+            f"n_routed_experts={hf.n_routed_experts} above 1"
+        )

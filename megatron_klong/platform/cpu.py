@@ -134,6 +134,10 @@ def _replace_rng() -> None:
 
     from megatron.core.tensor_parallel import random as megatron_random
 
+    # It warns when work under the "GPU" generator moves the CPU's; here they are one and the same.
+    megatron_random.logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

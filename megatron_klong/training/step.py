@@ -21,6 +21,15 @@ Objective = Callable[[Tensor, PackedRow, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class BatchSums:
+    """A global batch: mean objective per trained token, and the counts, as in `StepResult`."""
+
+    loss: float
+    trained_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one step did.
 
@@ -52,7 +61,7 @@ def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    sums = _run(trainer, rows, objective, forward_only=False)
+    sums = forward_backward(trainer, rows, objective, forward_only=False)
     # Advanced before the update, so that the first step already has a rate above 0.
     trainer.scheduler.step(increment=1)
     _, grad_norm, _ = trainer.optimizer.step()
@@ -69,18 +78,16 @@ def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective
 def evaluate(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> EvaluationResult:
     """The same loss without gradients; all data-parallel ranks must bring equally many rows."""
     trainer.model.eval()
-    sums = _run(trainer, rows, objective, forward_only=True)
+    sums = forward_backward(trainer, rows, objective, forward_only=True)
     return EvaluationResult(sums.loss, sums.trained_tokens)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    loss: float
-    trained_tokens: int
-    tokens: int
+def forward_backward(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool) -> BatchSums:
+    """Run Megatron's pipeline schedule over the rows, one micro-batch each.
 
-
-def _run(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool) -> _Sums:
+    Unless ``forward_only``, gradients of the mean over the global batch's trained tokens are left
+    in the model's buffers, summed over all ranks.
+    """
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer.device, objective),
         data_iterator=iter(rows),
@@ -100,7 +107,7 @@ def _run(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, f
     stages = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
     loss_sum, trained_total, used_total = total.tolist()
-    return _Sums(loss_sum / max(trained_total, 1.0), int(trained_total), int(used_total))
+    return BatchSums(loss_sum / max(trained_total, 1.0), int(trained_total), int(used_total))
 
 
 def _forward_step(

@@ -56,18 +56,13 @@ def import_trajectories(
     if out.resolve() in {file.resolve() for file in files}:
         raise ValueError(f"--out {out}: is also an input")
     quarantine = out.with_name(out.name + ".quarantine.jsonl")
-    seen: set[str] = set()
     refusals: list[Refusal] = []
     kept = messages = assistant = 0
     with written_when_complete(out) as good:
         for item in _records(files):
-            if isinstance(item, Trajectory) and item.id in seen:
-                reason = f"{item.id!r} was used by an earlier file"
-                item = Refusal("", 0, "id", reason, write_openai_chat(item))
             if isinstance(item, Refusal):
                 refusals.append(item)
             else:
-                seen.add(item.id)
                 good.write(write_openai_chat(item) + "\n")
                 kept += 1
                 messages += len(item.messages)
@@ -102,9 +97,10 @@ def read_imported(file: Path) -> Iterator[Trajectory]:
 
 
 def _records(files: Iterable[Path]) -> Iterator[Trajectory | Refusal]:
+    seen: set[str] = set()
     for file in files:
         try:
-            yield from read_openai_chat(file)
+            yield from read_openai_chat(file, seen)
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}") from error
 

@@ -145,13 +145,13 @@ def _call_ids(message: _Message, where: str) -> set[str]:
     return set(ids)  # type: ignore[arg-type]
 
 
-def read_openai_chat(file: Path) -> Iterator[Trajectory | Refusal]:
+def read_openai_chat(file: Path, seen: set[str] | None = None) -> Iterator[Trajectory | Refusal]:
     """Stream the records of a JSONL file; blank lines are passed over.
 
-    A record without an ``id`` gets ``<file stem>-<line>``; an ``id`` seen before in the same file
-    is refused.
+    A record without an ``id`` gets ``<file stem>-<line>``. A record whose id is in ``seen`` (ids of
+    earlier records, added to as the file is read) is refused.
     """
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -167,6 +167,8 @@ def _read_line(line: bytes, file: Path, number: int, seen: set[str]) -> Trajecto
         record = _Record.model_validate(_parse_json(line))
     except UnicodeDecodeError as error:
         return refuse("", f"not UTF-8 at byte {error.start}")
+    except UnicodeEncodeError:
+        return refuse("", "has half of a surrogate pair, which is no text")
     except json.JSONDecodeError as error:
         return refuse("", f"not JSON: {error}")
     except RecursionError:

@@ -1,0 +1,95 @@
+"""Config files, overrides, and errors that a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from megatron_klong.config import (
+    ParallelConfig,
+    SftConfig,
+    StrictModel,
+    config_keys,
+    dump_config,
+    load_config,
+)
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart" / "sft.yaml"
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(SftConfig, EXAMPLE, ["optimizer.lr=1e-4", "parallel.nproc=8", "model.weights=some/where"])
+    assert (config.optimizer.lr, config.parallel.nproc) == (1e-4, 8)
+    assert config.model.weights == Path("some/where")
+    file = tmp_path / "resolved.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(SftConfig, file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("data.max_tokens=9", "unknown key 'data.max_tokens'; did you mean 'data.window.max_tokens'?"),
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("data.window.overlap=9", "did you mean 'data.window.overlap_tokens'?"),
+        ("run.xyzzy=1", "unknown key 'run.xyzzy'; valid here: dir, seed"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': Input should be a valid number"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: Input should be greater than 0"),
+        ("data.window.prefix=all", "data.window.prefix='all': Input should be 'task', 'reading' or 'marked'"),
+        ("optimizer.lr", "override 'optimizer.lr': write it as key=value"),
+        ("optimizer.lr.x=1", "override 'optimizer.lr.x=1': lr is a value, not a section"),
+        ("data.row_tokens=128", "data.row_tokens=128 is less than data.window.max_tokens=256"),
+        ("data.row_tokens=257", "data.row_tokens=257 is no multiple of parallel.tensor=2"),
+        ("parallel.nproc=6", "6 ranks cannot hold tensor=2 x pipeline=2 with expert=2; use a multiple of 4"),
+        ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100 must be below training.steps=100"),
+    ],
+)
+def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^(config|override) .*") as caught:
+        load_config(SftConfig, EXAMPLE, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_must_divide_over_data_parallel_ranks() -> None:
+    with pytest.raises(ValueError, match="global_batch_rows=3 is no multiple of the 2 data-parallel ranks; use 4"):
+        load_config(SftConfig, EXAMPLE, ["parallel.nproc=8", "training.global_batch_rows=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("- 1", "must be a mapping"), ("run: {}", "key 'run.dir' is missing")]
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(SftConfig, file)
+    with pytest.raises(ValueError, match=r"none\.yaml: No such file"):
+        load_config(SftConfig, tmp_path / "none.yaml")
+
+
+def test_the_fewest_ranks_a_layout_allows() -> None:
+    assert ParallelConfig(tensor=2, pipeline=2, expert=4).world_size == 8
+    assert ParallelConfig(tensor=4, expert=2).world_size == 4
+    assert ParallelConfig().world_size == 1
+
+
+def models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    found = [model]
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, StrictModel):
+                found += models(kind)
+    return found
+
+
+def test_every_field_has_a_docstring() -> None:
+    sections = set(SftConfig.model_fields)
+    for model in models(SftConfig):
+        for name, field in model.model_fields.items():
+            assert field.description or name in sections | {"window"}, f"{model.__name__}.{name}"
+    assert "data.window.max_tokens" in config_keys(SftConfig)

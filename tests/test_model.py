@@ -1,0 +1,257 @@
+"""The model against transformers, and every layout against one rank, on real Megatron and gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_klong.config import ParallelConfig
+from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config, parse_hf_config
+from megatron_klong.model.layout import check_layout
+from megatron_klong.model.weight_map import weight_rules
+from megatron_klong.model.weights import parameter_count, rank_tensors
+from megatron_klong.platform import Platform
+from megatron_klong.training.losses import sft_objective
+from megatron_klong.training.step import evaluate, forward_backward, train_step
+from megatron_klong.training.trainer import build_trainer
+from tests import reference
+from tests.ranks import RankPool
+
+ONE = ParallelConfig()
+LAYOUTS = [
+    (ParallelConfig(tensor=2, expert=2), 2),
+    (ParallelConfig(tensor=2, expert=2), 4),
+    (ParallelConfig(pipeline=2), 2),
+    (ParallelConfig(expert=2), 2),
+    (ParallelConfig(), 4),
+    (ParallelConfig(tensor=2, pipeline=2, expert=2), 4),
+    (ParallelConfig(tensor=2, expert=4), 4),
+    (ParallelConfig(pipeline=4), 4),
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model saved by transformers: what a run starts from."""
+    folder = tmp_path_factory.mktemp("weights")
+    reference.reference_model().save_pretrained(folder)
+    return folder
+
+
+def loss_and_gradients(platform: Platform, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Ours on one rank: the batch loss, and its gradients under their Hugging Face names."""
+    hf = load_hf_config(folder)
+    trainer = build_trainer(reference.sft_config(ONE, folder), hf, platform)
+    trainer.model.zero_grad_buffer()
+    sums = forward_backward(
+        trainer, reference.packed(reference.batch()), sft_objective, forward_only=False
+    )
+    rules, gradients = weight_rules(hf), {}
+    for name, tensor in rank_tensors(trainer.model.module).items():
+        if isinstance(tensor, torch.nn.Parameter):
+            rule = rules[name]
+            parts = rule.join.split(tensor.main_grad)
+            gradients |= {part.name: grad.clone() for part, grad in zip(rule.hf, parts, strict=True)}
+    return sums.loss, gradients
+
+
+def test_loss_and_gradients_equal_transformers(ranks: RankPool, weights: Path) -> None:
+    ((loss, gradients),) = ranks.run(loss_and_gradients, ONE, 1, folder=weights)
+    model = reference.reference_model()
+    expected = reference.reference_loss(model, reference.batch())
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    checked = 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        ours = _fused(gradients, name)
+        error = float((ours - parameter.grad).norm() / parameter.grad.norm())
+        assert error < 1e-5, f"{name}: {error:.1e}"
+        checked += ours.numel()
+    assert checked == parameter_count(reference.hf_config())
+
+
+def _fused(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A gradient by the name transformers has in memory: experts in one tensor."""
+    if ".experts." not in name:
+        return gradients[name]
+    experts, _, kind = name.rpartition(".")
+    parts = ["gate", "up"] if kind == "gate_up_proj" else ["down"]
+    count = reference.SHAPE["n_routed_experts"]
+    return torch.stack(
+        [
+            torch.cat([gradients[f"{experts}.{index}.{part}_proj.weight"] for part in parts])
+            for index in range(count)  # type: ignore[call-overload]
+        ]
+    )
+
+
+def few_steps(platform: Platform, parallel: ParallelConfig, folder: Path) -> list[tuple[float, float, int]]:
+    """Loss, gradient norm and trained tokens of three steps, and the loss after them."""
+    trainer = build_trainer(reference.sft_config(parallel, folder), load_hf_config(folder), platform)
+    rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = reference.packed(reference.batch())[rank::ways]
+    results = [train_step(trainer, mine, sft_objective) for _ in range(3)]
+    after = evaluate(trainer, mine, sft_objective)
+    return [
+        *((result.loss, result.grad_norm, result.trained_tokens) for result in results),
+        (after.loss, 0.0, after.trained_tokens),
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: RankPool, weights: Path) -> list[tuple[float, float, int]]:
+    return ranks.run(few_steps, ONE, 1, parallel=ONE, folder=weights)[0]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world"), LAYOUTS, ids=lambda value: str(value) if isinstance(value, int) else
+    f"TP{value.tensor}PP{value.pipeline}EP{value.expert}",
+)  # fmt: skip
+def test_every_layout_equals_one_rank(
+    ranks: RankPool, weights: Path, one_rank: list[tuple[float, float, int]],
+    parallel: ParallelConfig, world: int,
+) -> None:  # fmt: skip
+    answers = ranks.run(few_steps, parallel, world, parallel=parallel, folder=weights)
+    assert all(answer == answers[0] for answer in answers)  # every rank reports the same
+    assert one_rank[0][0] > one_rank[-1][0]  # and the steps do something
+    for ours, expected in zip(answers[0], one_rank, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def packed_and_apart(platform: Platform, folder: Path) -> tuple[float, float]:
+    """The batch packed in four rows, and in a row for each sample."""
+    config = reference.sft_config(ONE, folder)
+    trainer = build_trainer(config, load_hf_config(folder), platform)
+    rows = reference.batch()
+    apart = [[sample] for samples in rows for sample in samples]
+    return (
+        evaluate(trainer, reference.packed(rows), sft_objective).loss,
+        evaluate(trainer, reference.packed(apart), sft_objective).loss,
+    )
+
+
+def test_the_loss_does_not_depend_on_packing(ranks: RankPool, weights: Path) -> None:
+    ((together, apart),) = ranks.run(packed_and_apart, ONE, 1, folder=weights)
+    assert together == pytest.approx(apart, rel=1e-6)
+
+
+def influence(platform: Platform, folder: Path) -> np.ndarray:
+    """How much each embedding input of a packed row moves the loss of its second document only."""
+    trainer = build_trainer(reference.sft_config(ONE, folder), load_hf_config(folder), platform)
+    inputs: list[torch.Tensor] = []
+
+    def keep(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+        inputs.append(output.detach().requires_grad_(True))
+        return inputs[-1]
+
+    trainer.model.module.embedding.register_forward_hook(keep)
+    first, second = reference.random_samples(1, 30, 20)
+    row = reference.packed([[first, second]])[0]
+    row.loss_mask_R[:30] = 0
+    forward_backward(trainer, [row], sft_objective, forward_only=False)
+    gradient = inputs[0].grad
+    assert gradient is not None
+    return gradient.squeeze(1).abs().sum(1).numpy()
+
+
+def test_no_document_of_a_row_sees_another(ranks: RankPool, weights: Path) -> None:
+    (moved,) = ranks.run(influence, ONE, 1, folder=weights)
+    assert (moved[:30] == 0).all()  # the document before
+    assert (moved[50:] == 0).all()  # the padding behind
+    last_trained = np.flatnonzero(reference.random_samples(1, 30, 20)[1].loss_mask_T)[-1]
+    assert (moved[30 : 30 + last_trained] > 0).all()
+
+
+def fresh_weights(platform: Platform, parallel: ParallelConfig, folder: Path) -> float:
+    """The first loss of a run that starts from fresh weights."""
+    config = reference.sft_config(parallel, folder)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+    trainer = build_trainer(config, reference.hf_config(), platform)
+    return evaluate(trainer, reference.packed(reference.batch()), sft_objective).loss
+
+
+def test_fresh_weights_are_the_same_at_every_layout(ranks: RankPool, weights: Path) -> None:
+    layout = ParallelConfig(tensor=2, pipeline=2, expert=2)
+    (alone,) = ranks.run(fresh_weights, ONE, 1, parallel=ONE, folder=weights)
+    together = ranks.run(fresh_weights, layout, 4, parallel=layout, folder=weights)
+    assert together[0] == pytest.approx(alone, rel=1e-6)
+    assert alone == pytest.approx(np.log(96), rel=0.05)
+
+
+def bf16_loss(platform: Platform, folder: Path) -> tuple[float, set[torch.dtype]]:
+    config = reference.sft_config(ONE, folder)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"precision": "bf16"})})
+    trainer = build_trainer(config, load_hf_config(folder), platform)
+    rows = reference.packed(reference.batch())
+    for _ in range(3):
+        train_step(trainer, rows, sft_objective)
+    tensors = rank_tensors(trainer.model.module)
+    biases = {tensor.dtype for name, tensor in tensors.items() if "expert_bias" in name}
+    return evaluate(trainer, rows, sft_objective).loss, biases
+
+
+def test_bf16_trains_close_to_fp32(
+    ranks: RankPool, weights: Path, one_rank: list[tuple[float, float, int]]
+) -> None:
+    ((loss, biases),) = ranks.run(bf16_loss, ONE, 1, folder=weights)
+    assert loss == pytest.approx(one_rank[-1][0], rel=2e-2)
+    assert biases == {torch.float32}  # the router's bias stays fp32
+
+
+def test_a_missing_tensor_is_named(ranks: RankPool, weights: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights / "model.safetensors")
+    tensors.pop("model.layers.2.self_attn.k_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
+    with pytest.raises(AssertionError, match=r"tensor 'model\.layers\.2\.self_attn\.k_proj\.weight' is missing"):
+        ranks.run(few_steps, ONE, 1, parallel=ONE, folder=tmp_path)
+
+
+def test_parameter_count_of_glm_45_air() -> None:
+    """The shape of the design, section 4; the figure was counted on transformers' implementation."""
+    air = Glm4MoeConfig(attention_bias=True, num_nextn_predict_layers=0)
+    assert parameter_count(air) == 106_852_245_504
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"use_qk_norm": True}, "use_qk_norm=True is not implemented; only False is"),
+        ({"n_group": 4}, "n_group=4 is not implemented"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* is not implemented"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not implemented"),
+        ({"sliding_window": 4}, "field 'sliding_window' is not known"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 must be from 2 to n_routed_experts=8"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=8 is no multiple of num_key_value_heads=3"),
+        ({"num_nextn_predict_layers": 1}, "multi-token prediction layers are not trained yet; set it to 0"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 must be 0"),
+    ],
+)
+def test_configs_that_are_not_implemented_are_refused(change: dict[str, object], message: str) -> None:
+    raw = {"model_type": "glm4_moe", **reference.SHAPE}
+    raw["num_nextn_predict_layers"] = raw.pop("num_mtp_layers")
+    parse_hf_config(raw, "x")
+    with pytest.raises(ValueError, match=message):
+        parse_hf_config({**raw, **change}, "x")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (ParallelConfig(tensor=8), "parallel.tensor=8 does not divide the model's num_key_value_heads=4"),
+        (ParallelConfig(pipeline=3), "parallel.pipeline=3 does not divide the model's num_hidden_layers=4"),
+        (ParallelConfig(tensor=2), "parallel.tensor=2 with parallel.expert=1 would train .* use parallel.expert=2"),
+        (ParallelConfig(expert=3), "parallel.expert=3 does not divide the model's n_routed_experts=8"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(parallel: ParallelConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(reference.hf_config(), parallel)

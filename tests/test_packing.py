@@ -1,0 +1,120 @@
+"""Packing and rows: nothing lost, nothing seen twice, the bound is a bound."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_klong.data.packing import minimum_rows, pack_rows
+from megatron_klong.data.rows import PackedRows, fill_row
+from megatron_klong.data.windows import TrainingSample
+
+lengths_and_row = st.integers(1, 40).flatmap(
+    lambda row: st.tuples(st.lists(st.integers(1, row), max_size=40), st.just(row))
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths_and_row, st.integers(0, 3))
+def test_every_sample_stands_in_one_row_that_holds_it(case: tuple[list[int], int], seed: int) -> None:
+    lengths, row_tokens = np.array(case[0], dtype=np.int64), case[1]
+    rows = pack_rows(lengths, row_tokens, seed)
+    assert sorted(itertools.chain.from_iterable(row.tolist() for row in rows)) == list(range(len(lengths)))
+    assert all(lengths[row].sum() <= row_tokens for row in rows)
+    assert len(rows) >= minimum_rows(lengths, row_tokens)
+    again = pack_rows(lengths, row_tokens, seed)
+    assert [row.tolist() for row in again] == [row.tolist() for row in rows]
+
+
+def fewest_rows(lengths: list[int], row_tokens: int) -> int:
+    """By trying every assignment."""
+    best = len(lengths)
+
+    def place(index: int, rooms: list[int]) -> None:
+        nonlocal best
+        if len(rooms) >= best and index < len(lengths):
+            return
+        if index == len(lengths):
+            best = min(best, len(rooms))
+            return
+        for place_in in {room: number for number, room in enumerate(rooms) if room >= lengths[index]}.values():
+            rooms[place_in] -= lengths[index]
+            place(index + 1, rooms)
+            rooms[place_in] += lengths[index]
+        place(index + 1, [*rooms, row_tokens - lengths[index]])
+
+    place(0, [])
+    return best
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 20).flatmap(lambda row: st.tuples(st.lists(st.integers(1, row), max_size=7), st.just(row))))
+def test_the_bound_never_exceeds_the_optimum(case: tuple[list[int], int]) -> None:
+    lengths, row_tokens = case
+    optimum = fewest_rows(lengths, row_tokens)
+    assert -(-sum(lengths) // row_tokens) <= minimum_rows(np.array(lengths, dtype=np.int64), row_tokens) <= optimum
+
+
+def test_the_bound_sees_what_the_sum_does_not() -> None:
+    assert minimum_rows(np.array([6, 6, 6]), 10) == 3  # the sum alone says 2
+    assert minimum_rows(np.array([7, 7, 4, 4]), 10) == 3  # neither 4 goes beside a 7
+
+
+def test_another_seed_gives_other_rows() -> None:
+    lengths = np.full(60, 10)
+    first, second = pack_rows(lengths, 30, 0), pack_rows(lengths, 30, 1)
+    assert len(first) == len(second) == 20
+    assert [row.tolist() for row in first] != [row.tolist() for row in second]
+
+
+def test_a_sample_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.row_tokens=10 is less than a sample of 11"):
+        pack_rows(np.array([3, 11]), 10, 0)
+
+
+def test_a_row_by_hand() -> None:
+    def sample(tokens: list[int], mask: list[int], window: int) -> TrainingSample:
+        return TrainingSample(np.array(tokens), np.array(mask, dtype=bool), 4, window)
+
+    row = fill_row([sample([5, 6, 7], [0, 0, 1], 0), sample([8, 9], [1, 1], 1)], 8)
+    assert row.tokens_R.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert row.labels_R.tolist() == [6, 7, 0, 9, 0, 0, 0, 0]
+    # 7 is predicted from 6. The first token of a sample (8) is predicted by nothing.
+    assert row.loss_mask_R.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert row.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert (row.samples, row.sample_tokens) == (((4, 0), (4, 1)), 5)
+    assert fill_row([], 4).cu_seqlens.tolist() == [0, 4]
+    assert fill_row([sample([1, 2], [0, 1], 0)], 2).cu_seqlens.tolist() == [0, 2]
+
+
+class Numbered:
+    """Samples that say which they are."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths, dtype=np.int64)
+
+    def sample(self, index: int) -> TrainingSample:
+        length = int(self.lengths[index])
+        return TrainingSample(np.full(length, index), np.ones(length, dtype=bool), index, 0)
+
+
+def test_epochs_hold_every_sample_once_and_differ() -> None:
+    source = Numbered([5, 9, 3, 8, 2, 7, 7, 1, 6, 4] * 3)
+    rows = PackedRows(source, 12, seed=3)
+    epochs: dict[int, list[tuple[int, int]]] = {}
+    for position in range(3 * rows.rows_per_epoch):
+        epochs.setdefault(rows.epoch(position), []).extend(rows.row(position).samples)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [(index, 0) for index in range(30)]
+    assert epochs[0] != epochs[1]
+
+
+def test_a_row_depends_on_its_number_alone() -> None:
+    source = Numbered([5, 9, 3, 8, 2, 7] * 5)
+    forward = [PackedRows(source, 12, seed=3).row(position).samples for position in range(60)]
+    rows = PackedRows(source, 12, seed=3)
+    backward = [rows.row(position).samples for position in reversed(range(60))]
+    assert forward == backward[::-1]
