@@ -8,6 +8,10 @@ import pytest
 from megatron_klong.data.header import MARKER_TEXT, NOTE_TEXT
 from megatron_klong.factory.generate import generate_domain
 from megatron_klong.platform import quiet_imports
+from megatron_klong.trajectory.formats import FORMATS
+from megatron_klong.trajectory.importing import import_trajectories, read_imported
+from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
+from tests import real_data
 from tests.ranks import RankPool
 
 quiet_imports()
@@ -35,9 +39,7 @@ def shared_data() -> Path:
 def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated domain: 12 tasks, trajectories, tokenizer."""
     folder = tmp_path_factory.mktemp("domain")
-    generate_domain(
-        folder, count=12, seed=7, renderer="glm-4.5", inserted_texts=(MARKER_TEXT, NOTE_TEXT)
-    )
+    generate_domain(folder, count=12, seed=7, renderer="glm-4.5", inserted_texts=(MARKER_TEXT, NOTE_TEXT))
     return folder
 
 
@@ -47,7 +49,26 @@ def domain_store(domain: Path) -> Path:
     from megatron_klong.data.tokenize import tokenize
 
     prefix = domain / "store" / "replication"
-    tokenize(
-        domain / "trajectories.jsonl", prefix, renderer="glm-4.5", tokenizer=domain / "tokenizer"
-    )
+    tokenize(domain / "trajectories.jsonl", prefix, renderer="glm-4.5", tokenizer=domain / "tokenizer")
     return prefix
+
+
+@pytest.fixture(scope="session")
+def real_store(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Both real files imported and tokenized: (imported file, store prefix)."""
+    from megatron_klong.data.tokenize import tokenize
+
+    folder = tmp_path_factory.mktemp("real")
+    files = [
+        real_data.mini_swe_agent(shared_data, folder / "mini.jsonl"),
+        real_data.tau_bench(shared_data, folder / "tau.jsonl"),
+    ]
+    report = import_trajectories(files, folder / "all.jsonl")
+    assert (report.read, report.refused) == (202, 0)
+    chat_format = FORMATS["glm-4.5"]
+    texts = (
+        text for item in read_imported(folder / "all.jsonl") for text in trajectory_texts(item, chat_format)
+    )
+    save_tokenizer(train_bpe_tokenizer(texts, chat_format, 2048), folder / "tokenizer")
+    tokenize(folder / "all.jsonl", folder / "store", renderer="glm-4.5", tokenizer=folder / "tokenizer")
+    return folder / "all.jsonl", folder / "store"

@@ -32,14 +32,20 @@ def as_json(*arguments: str | Path) -> Any:
 
 
 def test_generate_import_tokenize_split_show(tmp_path: Path) -> None:
-    made = as_json("factory", "generate", "--tasks", "4", "--seed", "3", "--out", tmp_path / "domain")
-    assert (made["count"], made["mean_grade"]) == (4, 1.0)
+    made = as_json("factory", "generate", "--tasks", "2", "--seed", "3", "--out", tmp_path / "domain")
+    assert (made["count"], made["mean_grade"]) == (2, 1.0)
     imported = as_json("data", "import", made["trajectories"], "--out", tmp_path / "all.jsonl")
-    assert (imported["read"], imported["kept"], imported["quarantine"]) == (4, 4, None)
+    assert (imported["read"], imported["kept"], imported["quarantine"]) == (2, 2, None)
     header = as_json(
-        "data", "tokenize", tmp_path / "all.jsonl", "--tokenizer", made["tokenizer"], "--out", tmp_path / "store"
+        "data",
+        "tokenize",
+        tmp_path / "all.jsonl",
+        "--tokenizer",
+        made["tokenizer"],
+        "--out",
+        tmp_path / "store",
     )
-    assert header["trajectories"] == 4
+    assert header["trajectories"] == 2
     report = as_json(
         "data", "split", tmp_path / "store", "--max-tokens", "256", "--max-tokens", "512", *WINDOW
     )
@@ -47,7 +53,7 @@ def test_generate_import_tokenize_split_show(tmp_path: Path) -> None:
     assert (short["window"]["max_tokens"], long["window"]["max_tokens"]) == (256, 512)
     assert short["windows"] > long["windows"]
     for setting in (short, long):
-        assert setting["trajectories"] == 4
+        assert setting["trajectories"] == 2
         assert setting["assistant_tokens"] == setting["trained_once"] == header["trained_tokens"]
         assert setting["trained_more_than_once"] == 0
         assert set(setting["not_trained"].values()) == {0}
@@ -55,7 +61,9 @@ def test_generate_import_tokenize_split_show(tmp_path: Path) -> None:
         assert 0 < packing["efficiency"] <= packing["efficiency_at_most"] <= 1
         assert setting["omitted_tokens_per_window"] > 0
     names = [json.loads(line)["id"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    views = [as_json("data", "show", tmp_path / "store", name, "--max-tokens", "256", *WINDOW) for name in names]
+    views = [
+        as_json("data", "show", tmp_path / "store", name, "--max-tokens", "256", *WINDOW) for name in names
+    ]
     recounted = sum(sum(window["loss_mask"]) for view in views for window in view["windows"])
     assert recounted == short["trained_once"]
     assert sum(len(view["windows"]) for view in views) == short["windows"]
@@ -67,10 +75,22 @@ def test_generate_import_tokenize_split_show(tmp_path: Path) -> None:
 
 def test_a_trained_tokenizer_serves(domain: Path, tmp_path: Path) -> None:
     klong(
-        "data", "train-tokenizer", domain / "trajectories.jsonl", "--vocab-size", "500", "--out", tmp_path / "bpe"
+        "data",
+        "train-tokenizer",
+        domain / "trajectories.jsonl",
+        "--vocab-size",
+        "500",
+        "--out",
+        tmp_path / "bpe",
     )
     header = as_json(
-        "data", "tokenize", domain / "trajectories.jsonl", "--tokenizer", tmp_path / "bpe", "--out", tmp_path / "s"
+        "data",
+        "tokenize",
+        domain / "trajectories.jsonl",
+        "--tokenizer",
+        tmp_path / "bpe",
+        "--out",
+        tmp_path / "s",
     )
     assert header["vocab_size"] == 500
 
@@ -92,7 +112,10 @@ def test_refused_records_are_told_and_kept(tmp_path: Path) -> None:
         (["data", "split", "nope", "--max-tokens", "9", *WINDOW], "store nope: no readable header nope.json"),
         (["data", "split", "nope", "--max-tokens", "9", *WINDOW, "--prefix", "all"], "prefix='all'"),
         (["factory", "generate", "--tasks", "0", "--out", "x"], "--tasks 0: must be at least 1"),
-        (["factory", "generate", "--renderer", "llama", "--out", "x"], "--renderer llama: there are glm-4.5, qwen3"),
+        (
+            ["factory", "generate", "--renderer", "llama", "--out", "x"],
+            "--renderer llama: there are glm-4.5, qwen3",
+        ),
         (["sft", "none.yaml"], "config none.yaml: No such file or directory"),
     ],
 )

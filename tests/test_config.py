@@ -21,7 +21,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart" / "sft.yaml"
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
-    config = load_config(SftConfig, EXAMPLE, ["optimizer.lr=1e-4", "parallel.nproc=8", "model.weights=some/where"])
+    config = load_config(
+        SftConfig, EXAMPLE, ["optimizer.lr=1e-4", "parallel.nproc=8", "model.weights=some/where"]
+    )
     assert (config.optimizer.lr, config.parallel.nproc) == (1e-4, 8)
     assert config.model.weights == Path("some/where")
     file = tmp_path / "resolved.yaml"
@@ -56,12 +58,15 @@ def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None
 
 
 def test_batch_must_divide_over_data_parallel_ranks() -> None:
-    with pytest.raises(ValueError, match="global_batch_rows=3 is no multiple of the 2 data-parallel ranks; use 4"):
+    with pytest.raises(
+        ValueError, match="global_batch_rows=3 is no multiple of the 2 data-parallel ranks; use 4"
+    ):
         load_config(SftConfig, EXAMPLE, ["parallel.nproc=8", "training.global_batch_rows=3"])
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not YAML"), ("- 1", "must be a mapping"), ("run: {}", "key 'run.dir' is missing")]
+    ("text", "message"),
+    [("a: [", "not YAML"), ("- 1", "must be a mapping"), ("run: {}", "key 'run.dir' is missing")],
 )
 def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.yaml"

@@ -24,7 +24,9 @@ TOOL = {"type": "function", "function": {"name": "läs", "description": "Læs <b
 text = st.text(st.sampled_from("ab \n7ü{}\"'"), max_size=12)
 values = st.one_of(text, st.integers(-5, 5), st.booleans(), st.none(), st.lists(st.integers(), max_size=2))
 calls = st.builds(
-    ToolCall, name=st.sampled_from(["bash", "read"]), arguments=st.dictionaries(st.sampled_from("xyz"), values)
+    ToolCall,
+    name=st.sampled_from(["bash", "read"]),
+    arguments=st.dictionaries(st.sampled_from("xyz"), values),
 )
 thoughts = st.one_of(st.none(), text)
 
@@ -205,7 +207,10 @@ def test_a_saved_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     save_tokenizer(phrase_tokenizer(["Hello 12 world"], FORMATS["glm-4.5"]), tmp_path)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
     sample = "<|user|>Hello 12 world, ü<|assistant|>"
     assert theirs(sample)["input_ids"] == ours.encode(sample).ids
     assert theirs.decode(ours.encode(sample).ids) == sample

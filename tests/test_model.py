@@ -47,9 +47,7 @@ def loss_and_gradients(platform: Platform, folder: Path) -> tuple[float, dict[st
     hf = load_hf_config(folder)
     trainer = build_trainer(reference.sft_config(ONE, folder), hf, platform)
     trainer.model.zero_grad_buffer()
-    sums = forward_backward(
-        trainer, reference.packed(reference.batch()), sft_objective, forward_only=False
-    )
+    sums = forward_backward(trainer, reference.packed(reference.batch()), sft_objective, forward_only=False)
     rules, gradients = weight_rules(hf), {}
     for name, tensor in rank_tensors(trainer.model.module).items():
         if isinstance(tensor, torch.nn.Parameter):
@@ -210,7 +208,9 @@ def test_a_missing_tensor_is_named(ranks: RankPool, weights: Path, tmp_path: Pat
     tensors.pop("model.layers.2.self_attn.k_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((weights / "config.json").read_text())
-    with pytest.raises(AssertionError, match=r"tensor 'model\.layers\.2\.self_attn\.k_proj\.weight' is missing"):
+    with pytest.raises(
+        AssertionError, match=r"tensor 'model\.layers\.2\.self_attn\.k_proj\.weight' is missing"
+    ):
         ranks.run(few_steps, ONE, 1, parallel=ONE, folder=tmp_path)
 
 
@@ -248,7 +248,10 @@ def test_configs_that_are_not_implemented_are_refused(change: dict[str, object],
     [
         (ParallelConfig(tensor=8), "parallel.tensor=8 does not divide the model's num_key_value_heads=4"),
         (ParallelConfig(pipeline=3), "parallel.pipeline=3 does not divide the model's num_hidden_layers=4"),
-        (ParallelConfig(tensor=2), "parallel.tensor=2 with parallel.expert=1 would train .* use parallel.expert=2"),
+        (
+            ParallelConfig(tensor=2),
+            "parallel.tensor=2 with parallel.expert=1 would train .* use parallel.expert=2",
+        ),
         (ParallelConfig(expert=3), "parallel.expert=3 does not divide the model's n_routed_experts=8"),
     ],
 )

@@ -78,7 +78,11 @@ def read(tmp_path: Path, *lines: bytes | dict[str, Any]) -> list[Trajectory | Re
             "messages.1.tool_calls.1.id",
             "'c1' is used twice",
         ),
-        ({"messages": [{**USER, "tool_calls": [call()]}, DONE]}, "messages.0.tool_calls", "only an assistant"),
+        (
+            {"messages": [{**USER, "tool_calls": [call()]}, DONE]},
+            "messages.0.tool_calls",
+            "only an assistant",
+        ),
         ({"messages": [USER, DONE], "reward": "high"}, "reward", "number"),
     ],
 )
@@ -110,7 +114,10 @@ def test_normalises_and_loses_nothing(tmp_path: Path) -> None:
         "metadata": {"cost": 1.5},
         "tools": [{"type": "function", "function": {"name": "bash"}}],
         "messages": [
-            {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "good"}]},
+            {
+                "role": "developer",
+                "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "good"}],
+            },
             {"role": "user", "content": "u", "name": "ann"},
             {"role": "assistant", "content": "demo", "weight": 0},
             {**acting({**call(arguments={"x": [1]}), "index": 0}), "finish_reason": "tool_calls"},
@@ -173,7 +180,9 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     return Trajectory(
         id=draw(st.text(min_size=1, max_size=5)),
         messages=tuple(messages),
-        tools=tuple(draw(st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=2), max_size=2))),
+        tools=tuple(
+            draw(st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=2), max_size=2))
+        ),
         task_id=draw(st.none() | st.text(max_size=5)),
         reward=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
         prefix_messages=draw(st.none() | st.integers(0, 9)),

@@ -41,7 +41,9 @@ def fewest_rows(lengths: list[int], row_tokens: int) -> int:
         if index == len(lengths):
             best = min(best, len(rooms))
             return
-        for place_in in {room: number for number, room in enumerate(rooms) if room >= lengths[index]}.values():
+        for place_in in {
+            room: number for number, room in enumerate(rooms) if room >= lengths[index]
+        }.values():
             rooms[place_in] -= lengths[index]
             place(index + 1, rooms)
             rooms[place_in] += lengths[index]
@@ -52,11 +54,17 @@ def fewest_rows(lengths: list[int], row_tokens: int) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(2, 20).flatmap(lambda row: st.tuples(st.lists(st.integers(1, row), max_size=7), st.just(row))))
+@given(
+    st.integers(2, 20).flatmap(lambda row: st.tuples(st.lists(st.integers(1, row), max_size=7), st.just(row)))
+)
 def test_the_bound_never_exceeds_the_optimum(case: tuple[list[int], int]) -> None:
     lengths, row_tokens = case
     optimum = fewest_rows(lengths, row_tokens)
-    assert -(-sum(lengths) // row_tokens) <= minimum_rows(np.array(lengths, dtype=np.int64), row_tokens) <= optimum
+    assert (
+        -(-sum(lengths) // row_tokens)
+        <= minimum_rows(np.array(lengths, dtype=np.int64), row_tokens)
+        <= optimum
+    )
 
 
 def test_the_bound_sees_what_the_sum_does_not() -> None:

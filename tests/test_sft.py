@@ -55,7 +55,8 @@ def finished(domain_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_four_ranks_train_and_report(finished: Path) -> None:
     told = losses(finished)
     assert [(kind, step) for kind, step, _ in told] == [
-        ("validation", 0), ("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4),
+        ("validation", 0), ("train", 1), ("train", 2), ("validation", 2),
+        ("train", 3), ("train", 4), ("validation", 4),
     ]  # fmt: skip
     assert told[-1][2] < told[3][2] < told[0][2]  # held-out loss falls
     assert told[5][2] < told[1][2]  # train loss falls
@@ -69,9 +70,7 @@ def test_an_interrupted_run_resumes_at_the_same_step_with_the_same_losses(
     finished: Path, domain_store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        arguments(domain_store, run), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(arguments(domain_store, run), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step     3/4"):
@@ -84,9 +83,7 @@ def test_an_interrupted_run_resumes_at_the_same_step_with_the_same_losses(
     assert losses(run) == losses(finished)  # the same layout: bitwise
 
 
-def test_resume_at_another_layout_goes_on_alike(
-    finished: Path, domain_store: Path, tmp_path: Path
-) -> None:
+def test_resume_at_another_layout_goes_on_alike(finished: Path, domain_store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     half = sft(domain_store, run, "training.save_every=2", "training.keep_last=5")
     assert "TP2 PP2 EP2 DP1" in half.stdout
@@ -113,7 +110,9 @@ def test_a_finished_run_started_again_does_nothing(finished: Path, domain_store:
 def test_another_run_in_the_same_directory_is_refused(finished: Path, domain_store: Path) -> None:
     refused = sft(domain_store, finished, "optimizer.lr=1e-5", code=2)
     assert refused.stderr.count("\n") == 1
-    assert "holds a run with other settings: optimizer.lr (optimizer.lr was 0.003, now 1e-05)" in refused.stderr
+    assert (
+        "holds a run with other settings: optimizer.lr (optimizer.lr was 0.003, now 1e-05)" in refused.stderr
+    )
 
 
 def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path) -> None:
@@ -139,7 +138,7 @@ def test_a_directory_with_other_files_is_refused(domain_store: Path, tmp_path: P
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ("model.hf_config=/nowhere", "model.hf_config: no config.json at /nowhere"),
         ("data.store=/nowhere/x", "store /nowhere/x: no readable header x.json"),
-        ("data.window.max_tokens=128", "window: max_tokens=128 is too small"),
+        ("data.window.max_tokens=64", "window: max_tokens=64 is too small"),
         ("parallel.tensor=4", "parallel.tensor=4 does not divide the model's num_key_value_heads=2"),
         ("data.validation_fraction=0.01", "data.validation_fraction=0.01 of the 12 trajectories"),
     ],
@@ -206,9 +205,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(domain_store: Path, tmp_path: P
         if line.startswith("step     1/1000"):
             break
     victim = next(
-        pid
-        for pid in marked("rank")
-        if b"RANK=2" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        pid for pid in marked("rank") if b"RANK=2" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     )
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
@@ -217,9 +214,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(domain_store: Path, tmp_path: P
     wait_until(lambda: not marked("rank"))
 
 
-def test_torchrun_starts_the_same_command(
-    finished: Path, domain_store: Path, tmp_path: Path
-) -> None:
+def test_torchrun_starts_the_same_command(finished: Path, domain_store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = arguments(domain_store, run)[len(KLONG) :]
     done = subprocess.run(
@@ -232,3 +227,21 @@ def test_torchrun_starts_the_same_command(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(finished)
+
+
+def test_real_trajectories_train(real_store: tuple[Path, Path], tmp_path: Path) -> None:
+    """Single-user runs far longer than the window and multi-user conversations, on TP2 x PP2 x EP2."""
+    _, store = real_store
+    model = json.loads((ROOT / "examples" / "quickstart" / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**model, "vocab_size": 2048}))
+    run = tmp_path / "run"
+    sft(
+        store, run, f"model.hf_config={tmp_path}", "data.row_tokens=8192", "data.window.prefix=task",
+        "data.window.max_tokens=8192", "data.window.overlap_tokens=1024",
+        "data.window.reserve_generation=512", "data.window.reserve_observation=1024",
+        "training.steps=3", "training.save_every=0", "training.eval_every=0",
+    )  # fmt: skip
+    told = [line for line in metrics(run) if line["kind"] == "train"]
+    assert [line["step"] for line in told] == [1, 2, 3]
+    assert all(line["tokens"] > 8192 and line["trained_tokens"] > 100 for line in told)
+    assert told[-1]["loss"] < told[0]["loss"]

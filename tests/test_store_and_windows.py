@@ -18,16 +18,10 @@ from megatron_klong.data.store import TokenStore, TokenStoreWriter
 from megatron_klong.data.tokenize import tokenize
 from megatron_klong.data.windows import WindowAssembler, split_trajectory
 from megatron_klong.trajectory.formats import FORMATS
-from megatron_klong.trajectory.importing import import_trajectories, read_imported
+from megatron_klong.trajectory.importing import read_imported
 from megatron_klong.trajectory.render import Renderer, load_renderer
 from megatron_klong.trajectory.schema import Message, Trajectory
-from megatron_klong.trajectory.tokenizer import (
-    phrase_tokenizer,
-    save_tokenizer,
-    train_bpe_tokenizer,
-    trajectory_texts,
-)
-from tests import real_data
+from megatron_klong.trajectory.tokenizer import phrase_tokenizer, save_tokenizer
 
 DOMAIN_WINDOW = WindowConfig(
     max_tokens=256, overlap_tokens=48, reserve_generation=16, reserve_observation=16,
@@ -75,27 +69,6 @@ def live_samples(
         samples.append(seen + actions[number])
         shown.append(number)
     return samples
-
-
-@pytest.fixture(scope="module")
-def real_store(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Both real files imported and tokenized: (imported file, store prefix)."""
-    folder = tmp_path_factory.mktemp("real")
-    files = [
-        real_data.mini_swe_agent(shared_data, folder / "mini.jsonl"),
-        real_data.tau_bench(shared_data, folder / "tau.jsonl"),
-    ]
-    report = import_trajectories(files, folder / "all.jsonl")
-    assert (report.read, report.refused) == (202, 0)
-    chat_format = FORMATS["glm-4.5"]
-    texts = (
-        text for item in read_imported(folder / "all.jsonl") for text in trajectory_texts(item, chat_format)
-    )
-    save_tokenizer(train_bpe_tokenizer(texts, chat_format, 2048), folder / "tokenizer")
-    tokenize(
-        folder / "all.jsonl", folder / "store", renderer="glm-4.5", tokenizer=folder / "tokenizer"
-    )
-    return folder / "all.jsonl", folder / "store"
 
 
 REAL_WINDOW = WindowConfig(
@@ -220,9 +193,7 @@ def test_reasons_policies_and_truncation(tmp_path: Path) -> None:
         Trajectory("mixed", messages),
         Trajectory("huge", (Message("user", "z" * 400), Message("assistant", "a"))),
     )
-    window = WindowConfig(
-        max_tokens=512, overlap_tokens=0, reserve_generation=60, reserve_observation=60
-    )
+    window = WindowConfig(max_tokens=512, overlap_tokens=0, reserve_generation=60, reserve_observation=60)
     report = split_report(store, window, 512)
     opening = 1
     sizes = [store.lengths(0)[block] - opening for block in (1, 3, 5)]
@@ -247,7 +218,9 @@ def test_reasons_policies_and_truncation(tmp_path: Path) -> None:
 def test_marked_prefix(tmp_path: Path) -> None:
     turns = [message for _ in range(20) for message in (Message("assistant", "act"), Message("user", "obs"))]
     store = small_store(
-        tmp_path, Trajectory("m", (Message("user", "u"), *turns), prefix_messages=5), Trajectory("n", (Message("user", "u"), *turns))
+        tmp_path,
+        Trajectory("m", (Message("user", "u"), *turns), prefix_messages=5),
+        Trajectory("n", (Message("user", "u"), *turns)),
     )
     window = WindowConfig(
         max_tokens=240, overlap_tokens=0, reserve_generation=40, reserve_observation=20, prefix="marked",

@@ -126,7 +126,11 @@ def test_offline_windows_are_the_contexts_of_a_live_run(case: tuple[ContextWindo
             live.initial
             + [token for number in range(context.prefix_turns) for token in live.turns[number]]
             + [("marker", index) for index in range(rule.marker_tokens * context.marker)]
-            + [token for number in range(context.first_turn, context.next_turn) for token in live.turns[number]]
+            + [
+                token
+                for number in range(context.first_turn, context.next_turn)
+                for token in live.turns[number]
+            ]
         )
         assert rebuilt == tokens
         cursor.advance(turn)

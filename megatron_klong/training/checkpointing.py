@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
 from megatron_klong.training.trainer import Trainer
 
 _STEP_DIR = re.compile(r"step_(\d{8})")
@@ -76,9 +77,10 @@ def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last:
 
 def load_checkpoint(trainer: Trainer, folder: Path) -> Progress:
     """Restore everything :func:`save_checkpoint` wrote, at this run's layout."""
+    allocate_moments(trainer.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(folder))
     trainer.model.module.load_state_dict(loaded["model"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer(trainer.optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
 

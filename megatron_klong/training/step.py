@@ -82,7 +82,9 @@ def evaluate(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) 
     return EvaluationResult(sums.loss, sums.trained_tokens)
 
 
-def forward_backward(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool) -> BatchSums:
+def forward_backward(
+    trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool
+) -> BatchSums:
     """Run Megatron's pipeline schedule over the rows, one micro-batch each.
 
     Unless ``forward_only``, gradients of the mean over the global batch's trained tokens are left
