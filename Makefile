@@ -11,11 +11,11 @@ STAMP := $(VENV)/.installed
 install: $(STAMP)  ## Make .venv with the right torch and everything else
 
 $(STAMP): pyproject.toml constraints/cpu.txt tools/install.sh
-	PYTHON=$(PYTHON) tools/install.sh $(VENV)
-	touch $@
+	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
+	@touch $@
 
 quickstart: $(STAMP)  ## Generate, split, train on 4 ranks: a few minutes on 2 cores
-	BIN=$(BIN) examples/quickstart/run.sh
+	@BIN=$(BIN) examples/quickstart/run.sh
 
 test: $(STAMP)  ## The tests that CI runs
 	$(BIN)/python -m pytest -m "not slow"

@@ -103,6 +103,8 @@ def test_resume_at_another_layout_goes_on_alike(finished: Path, domain_store: Pa
 def test_a_finished_run_started_again_does_nothing(finished: Path, domain_store: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     again = sft(domain_store, finished)
+    told = losses(finished)
+    assert f"done: held-out loss {told[0][2]:.4f} -> {told[-1][2]:.4f}, train loss" in again.stdout
     assert "resumed from step_00000004: 0 steps to go" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -113,6 +115,13 @@ def test_another_run_in_the_same_directory_is_refused(finished: Path, domain_sto
     assert (
         "holds a run with other settings: optimizer.lr (optimizer.lr was 0.003, now 1e-05)" in refused.stderr
     )
+
+
+def test_a_changed_model_under_a_run_is_refused(finished: Path, domain_store: Path, tmp_path: Path) -> None:
+    config = json.loads((ROOT / "examples" / "quickstart" / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": 2.0}))
+    refused = sft(domain_store, finished, f"model.hf_config={tmp_path}", code=2)
+    assert "other settings: model.routed_scaling_factor" in refused.stderr
 
 
 def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path) -> None:

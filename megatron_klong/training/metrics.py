@@ -83,6 +83,18 @@ class MetricsLog:
         self.say(f"step {step:>5}/{self._total_steps}  held-out loss {result.loss:.4f}")
         self.skip_time()
 
+    def finish(self, checkpoint: Path) -> None:
+        """The run is complete: where its checkpoint is, and how the losses moved."""
+        if self._stream is None:
+            return
+        losses: dict[str, list[float]] = {}
+        for line in self._file.read_text().splitlines():
+            record = json.loads(line)
+            losses.setdefault(record["kind"], []).append(record["loss"])
+        names = {"train": "train loss", "validation": "held-out loss"}
+        moved = (f"{names[kind]} {values[0]:.4f} -> {values[-1]:.4f}" for kind, values in losses.items())
+        self.say(f"done: {', '.join(moved)}; {checkpoint}")
+
     def skip_time(self) -> None:
         """What passed since the last step does not count as a step's time."""
         self._last = time.monotonic()

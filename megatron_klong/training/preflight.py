@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_klong.config import SftConfig
 from megatron_klong.data.header import StoreHeader, read_header, window_rule
-from megatron_klong.model.hf_config import load_hf_config
+from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
 from megatron_klong.model.layout import check_layout
 
 
-def check_sft(config: SftConfig) -> StoreHeader:
-    """Check model, layout, data and window against one another; returns the data's header.
+@dataclass(frozen=True)
+class CheckedInputs:
+    """What a run is about to use: the model's shape and the data's header."""
+
+    model: Glm4MoeConfig
+    data: StoreHeader
+
+
+def check_sft(config: SftConfig) -> CheckedInputs:
+    """Check model, layout, data and window against one another.
 
     Raises:
         ValueError: names the field and the remedy.
@@ -23,4 +33,4 @@ def check_sft(config: SftConfig) -> StoreHeader:
             f"data.store={config.data.store}: its tokenizer has {header.vocab_size} tokens, more than "
             f"the model's vocab_size={hf.vocab_size}; use the model's own tokenizer"
         )
-    return header
+    return CheckedInputs(hf, header)

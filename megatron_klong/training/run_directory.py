@@ -7,14 +7,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_klong.config import SftConfig, dump_config
+from megatron_klong.training.preflight import CheckedInputs
 
-_CHANGEABLE = ("parallel", "run.dir", "training.eval_every", "training.save_every",
-               "training.keep_last", "training.log_every")  # fmt: skip
-"""Keys that may differ on a resume: they change how a run is executed, not what it computes."""
+_CHANGEABLE = (
+    "data.store",
+    "model.hf_config",
+    "parallel",
+    "run.dir",
+    "training.eval_every",
+    "training.keep_last",
+    "training.log_every",
+    "training.save_every",
+)
+"""Keys that may differ on a resume: they change where inputs stand and how a run is executed, not
+what it computes. The inputs themselves are compared by content."""
 
 
 class RunDirectory:
@@ -50,12 +61,12 @@ class RunDirectory:
                 ) from None
             yield
 
-    def prepare(self, config: SftConfig, data_hash: str, *, fresh: bool) -> bool:
-        """Claim the directory for this run; returns whether it holds an earlier start of the same.
+    def prepare(self, config: SftConfig, inputs: CheckedInputs, *, fresh: bool) -> None:
+        """Claim the directory for this run, which may have been started in it before.
 
         Args:
             config: the resolved config; saved as ``config.yaml``.
-            data_hash: content hash of the token store.
+            inputs: what it trains on and which model.
             fresh: delete an earlier run first.
 
         Raises:
@@ -63,18 +74,17 @@ class RunDirectory:
         """
         if fresh:
             self._delete_run()
-        identity = run_identity(config, data_hash)
-        known = self.identity.is_file()
-        if known:
+        identity = run_identity(config, inputs)
+        if self.identity.is_file():
             self._refuse_other_run(json.loads(self.identity.read_text()), identity)
-        elif any(path.name != ".lock" for path in self.path.iterdir()):
+        elif any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise ValueError(
                 f"run.dir={self.path}: holds files that are no run of this package; choose an empty "
                 "or new directory"
             )
-        self.config.write_text(dump_config(config))
-        self.identity.write_text(json.dumps(identity, indent=2) + "\n")
-        return known
+        # The identity first: a directory that has one is a run, whatever else is missing.
+        _replace_text(self.identity, json.dumps(identity, indent=2) + "\n")
+        _replace_text(self.config, dump_config(config))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after ``step``: a resumed run writes them again."""
@@ -82,7 +92,7 @@ class RunDirectory:
             return
         lines = self.metrics.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.metrics.write_text("".join(kept))
+        _replace_text(self.metrics, "".join(kept))
 
     def _refuse_other_run(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -103,11 +113,19 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_identity(config: SftConfig, data_hash: str) -> dict[str, Any]:
-    """What makes two starts the same run: dotted keys to values, with the content of the data."""
+def _replace_text(file: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old text or the new one."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+def run_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
+    """What makes two starts the same run: dotted keys to values, inputs by content."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     same = {key: value for key, value in flat.items() if not key.startswith(_CHANGEABLE)}
-    return {**same, "data.content": data_hash}
+    shape = {f"model.{key}": value for key, value in asdict(inputs.model).items()}
+    return {**same, **shape, "data.content": inputs.data.content_sha256}
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -70,7 +70,7 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
             if last or (settings.save_every and step % settings.save_every == 0):
                 save_checkpoint(trainer, progress, run.checkpoints, settings.keep_last)
                 log.skip_time()
-        log.say(f"done: {checkpoint_dir(run.checkpoints, progress.step)}")
+        log.finish(checkpoint_dir(run.checkpoints, progress.step))
 
 
 def _global_batch(rows: PackedRows, start: int, count: int) -> list[PackedRow]:

@@ -19,11 +19,11 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     Raises:
         ValueError: a user's error, found before anything is started.
     """
-    header = check_sft(config)
+    inputs = check_sft(config)
     run = RunDirectory(config.run.dir)
     if "RANK" not in os.environ:
         with run.locked():
-            run.prepare(config, header.content_sha256, fresh=fresh)
+            run.prepare(config, inputs, fresh=fresh)
             world = config.parallel.world_size
             return run_ranks("megatron_klong.training.worker", [str(run.path)], world, run.logs)
 
@@ -34,6 +34,6 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
         train(config)
         return 0
     with run.locked():
-        run.prepare(config, header.content_sha256, fresh=fresh)
+        run.prepare(config, inputs, fresh=fresh)
         train(config)
     return 0
