@@ -131,7 +131,7 @@ def split(
     reading_tool: ReadingTool = ["read_paper"],  # noqa: B006 (typer copies it)
     max_prefix_fraction: PrefixFraction = 0.5,
     untrainable: Untrainable = "drop",
-    row_tokens: Annotated[int | None, typer.Option(help="Tokens of a packed row; default L.")] = None,
+    row_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a packed row; default L.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Cut a store into windows and account for every assistant token. Writes nothing.
@@ -316,12 +316,12 @@ def main() -> None:
     """Entry point: a user's error is one line and exit code 2."""
     try:
         app()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def test_refused_records_are_told_and_kept(tmp_path: Path) -> None:
             ["factory", "generate", "--renderer", "llama", "--out", "x"],
             "--renderer llama: there are glm-4.5, qwen3",
         ),
+        (["data", "import", "pyproject.toml", "--out", "/proc/x.jsonl"], "/proc/x.jsonl: No such file"),
+        (["factory", "generate", "--out", "/proc/x"], "/proc/x"),
         (["sft", "none.yaml"], "config none.yaml: No such file or directory"),
     ],
 )
@@ -127,7 +129,19 @@ def test_user_errors_are_one_line_and_exit_2(arguments: list[str], message: str)
     assert done.stderr.count("\n") == 1
 
 
+def test_an_unwritable_store_is_one_line(domain: Path) -> None:
+    done = klong(
+        "data", "tokenize", domain / "trajectories.jsonl", "--tokenizer", domain / "tokenizer",
+        "--out", "/proc/store", code=2,
+    )  # fmt: skip
+    assert done.stderr == "error: store /proc/store: cannot be written: No such file or directory\n"
+
+
 def test_wrong_usage_exits_2() -> None:
+    assert (
+        "--row-tokens"
+        in klong("data", "split", "s", "--max-tokens", "9", *WINDOW, "--row-tokens", "0", code=2).stderr
+    )
     assert "--max-tokens" in klong("data", "split", "store", code=2).stderr
     assert "No such command" in klong("dance", code=2).stderr
 

@@ -73,6 +73,9 @@ def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(SftConfig, file)
+    file.write_bytes(b"a: \xff")
+    with pytest.raises(ValueError, match=r"c\.yaml: not UTF-8 at byte 3"):
+        load_config(SftConfig, file)
     with pytest.raises(ValueError, match=r"none\.yaml: No such file"):
         load_config(SftConfig, tmp_path / "none.yaml")
 

@@ -21,9 +21,11 @@ def load_config(model: type[Model], file: Path, overrides: Sequence[str] = ()) -
             key, the nearest valid one.
     """
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {file}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config {file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -92,14 +94,12 @@ def _explain(model: type[BaseModel], path: list[str], error: Any) -> str:
 
 
 def _hint(model: type[BaseModel], path: list[str]) -> str:
-    """The valid key meant: of that very name in another section, else the nearest of this section,
-    else of any."""
-    keys = list(config_keys(model))
+    """The valid key whose last part is nearest; of equal ones, that of the same section."""
     above = ".".join(path[:-1])
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == above}
-    everywhere = {key.rpartition(".")[2]: key for key in keys}
-    for names, closeness in ((everywhere, 1.0), (siblings, 0.6), (everywhere, 0.6)):
-        close = difflib.get_close_matches(path[-1], names, n=1, cutoff=closeness)
-        if close:
-            return f"; did you mean {names[close[0]]!r}?"
+    keys = [key.rpartition(".") for key in config_keys(model)]
+    siblings = {name: f"{section}{dot}{name}" for section, dot, name in keys if section == above}
+    everywhere = {name: f"{section}{dot}{name}" for section, dot, name in keys} | siblings
+    close = difflib.get_close_matches(path[-1], everywhere, n=1)
+    if close:
+        return f"; did you mean {everywhere[close[0]]!r}?"
     return f"; valid here: {', '.join(siblings)}"

@@ -91,9 +91,12 @@ class TokenStoreWriter:
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> TokenStoreWriter:
-        self._prefix.parent.mkdir(parents=True, exist_ok=True)
         dtype = DType.optimal_dtype(self._renderer.vocab_size)
-        self._builder = IndexedDatasetBuilder(str(part(self._building, "bin")), dtype=dtype)
+        try:
+            self._prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._builder = IndexedDatasetBuilder(str(part(self._building, "bin")), dtype=dtype)
+        except OSError as error:
+            raise ValueError(f"store {self._prefix}: cannot be written: {error.strerror}") from error
         self._mask = part(self._building, "mask").open("wb")
         self._labels = part(self._building, "trajectories.jsonl").open("w", encoding="utf-8")
         return self

@@ -39,13 +39,15 @@ def train(config: SftConfig) -> None:
         run_sft(config, platform)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel to end this process when the one that started it is gone, however it died."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before we asked
+            sys.exit(1)
 
 
 if __name__ == "__main__":
     if "KLONG_LAUNCHER" in os.environ:
-        die_with_parent()
+        die_with_parent(int(os.environ["KLONG_LAUNCHER"]))
     sys.exit(main(Path(sys.argv[1])))
