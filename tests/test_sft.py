@@ -66,21 +66,24 @@ def test_four_ranks_train_and_report(finished: Path) -> None:
     ]  # fmt: skip
 
 
-def test_an_interrupted_run_resumes_at_the_same_step_with_the_same_losses(
-    finished: Path, domain_store: Path, tmp_path: Path
+@pytest.mark.parametrize("step", [1, 3], ids=["before a checkpoint", "after one"])
+def test_an_interrupted_run_ends_with_the_losses_of_an_undisturbed_one(
+    finished: Path, domain_store: Path, tmp_path: Path, step: int
 ) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(arguments(domain_store, run), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments(domain_store, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step     3/4"):
+        if line.startswith(f"step     {step}/4"):
             process.send_signal(signal.SIGINT)
             break
     process.stdout.read()
-    assert process.wait(timeout=60) in (130, 0)  # 0: the last step was quicker than the signal
+    assert process.wait(timeout=60) == 130
     second = sft(domain_store, run)
-    assert "resumed from step_0000000" in second.stdout
-    assert losses(run) == losses(finished)  # the same layout: bitwise
+    assert ("resumed from step_00000002: 2 steps to go" in second.stdout) == (step == 3)
+    assert losses(run) == losses(finished)  # the same layout: bitwise, and no line twice
 
 
 def test_resume_at_another_layout_goes_on_alike(finished: Path, domain_store: Path, tmp_path: Path) -> None:
@@ -213,6 +216,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(domain_store: Path, tmp_path: P
     for line in process.stdout:
         if line.startswith("step     1/1000"):
             break
+    assert metrics(tmp_path / "run")[0]["step"] == 0
     victim = next(
         pid for pid in marked("rank") if b"RANK=2" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     )

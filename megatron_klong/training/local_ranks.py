@@ -16,6 +16,7 @@ from types import FrameType
 
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+_CAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,21 @@ def _start(module: str, arguments: Sequence[str], number: int, nproc: int, port:
 
 
 def _wait(ranks: list[Rank]) -> Rank | None:
-    """Until all have ended well (None), or one has failed (that one)."""
-    while True:
-        codes = [rank.process.poll() for rank in ranks]
-        failed = [rank for rank, code in zip(ranks, codes, strict=True) if code]
-        if failed:
-            # A user's error (2) says more than the ranks that lost their peer by it.
-            return min(failed, key=lambda rank: (rank.process.returncode != 2, rank.number))
-        if all(code == 0 for code in codes):
-            return None
+    """Until all have ended well (None), or one has failed (the one that says why)."""
+    while any(rank.process.poll() is None for rank in ranks):
+        if any(rank.process.returncode for rank in ranks):
+            # The cause may still be on its way out while ranks that lost their peer are gone.
+            time.sleep(_CAUSE_SECONDS)
+            break
         time.sleep(_POLL_SECONDS)
+    failed = [rank for rank in ranks if rank.process.poll()]
+    return min(failed, key=_says_little, default=None)
+
+
+def _says_little(rank: Rank) -> tuple[int, int]:
+    """Order of failures: a user's error (2) says most, then a kill, then an exception."""
+    code = rank.process.returncode
+    return (0 if code == 2 else 1 if code < 0 else 2), rank.number
 
 
 def _explain(rank: Rank) -> str:

@@ -46,7 +46,7 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
         progress = load_checkpoint(trainer, saved)
     writes = torch.distributed.get_rank() == 0
     if writes:
-        run.truncate_metrics(progress.step)
+        run.truncate_metrics(-1 if saved is None else progress.step)
 
     with MetricsLog(
         run.metrics, writes=writes, total_steps=settings.steps, log_every=settings.log_every
