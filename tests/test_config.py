@@ -22,9 +22,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart" / "sft.yaml"
 
 def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(
-        SftConfig, EXAMPLE, ["optimizer.lr=1e-4", "parallel.nproc=8", "model.weights=some/where"]
+        SftConfig, EXAMPLE, ["optimizer.lr=1e-3", "parallel.nproc=8", "model.weights=some/where"]
     )
-    assert (config.optimizer.lr, config.parallel.nproc) == (1e-4, 8)
+    assert (config.optimizer.lr, config.parallel.nproc) == (1e-3, 8)
     assert config.model.weights == Path("some/where")
     file = tmp_path / "resolved.yaml"
     file.write_text(dump_config(config))
@@ -46,6 +46,10 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("optimizer.lr.x=1", "override 'optimizer.lr.x=1': lr is a value, not a section"),
         ("data.row_tokens=128", "data.row_tokens=128 is less than data.window.max_tokens=256"),
         ("data.row_tokens=257", "data.row_tokens=257 is no multiple of parallel.tensor=2"),
+        ("run.dir=[", "override value '[': not YAML"),
+        ("run.seed=-1", "run.seed=-1: Input should be greater than or equal to 0"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf: Input should be a finite number"),
+        ("optimizer.min_lr=1", "optimizer.min_lr=1.0 must not exceed optimizer.lr=0.003"),
         ("parallel.nproc=6", "6 ranks cannot hold tensor=2 x pipeline=2 with expert=2; use a multiple of 4"),
         ("optimizer.warmup_steps=100", "optimizer.warmup_steps=100 must be below training.steps=100"),
     ],
@@ -55,6 +59,17 @@ def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None
         load_config(SftConfig, EXAMPLE, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_typo_in_a_required_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for right, wrong, hint in (
+        ("  lr:", "  lrr:", "optimizer.lr"),
+        ("optimizer:", "optimiser:", "optimizer"),
+    ):
+        file.write_text(EXAMPLE.read_text().replace(right, wrong))
+        with pytest.raises(ValueError, match=f"unknown key '.*{wrong.strip(' :')}'; did you mean '{hint}'"):
+            load_config(SftConfig, file)
 
 
 def test_batch_must_divide_over_data_parallel_ranks() -> None:

@@ -170,7 +170,6 @@ def test_consecutive_actions_each_produce_their_stop_id() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_content_cannot_forge_control_tokens(name: str) -> None:
     renderer = byte_renderer(name)
-    controls = set(renderer.encode([]))
     spelled = "".join(FORMATS[name].controls)
     rendered = renderer.render(
         Trajectory("x", (Message("user", spelled), Message("assistant", spelled), Message("tool", spelled)))
@@ -183,7 +182,6 @@ def test_content_cannot_forge_control_tokens(name: str) -> None:
     def count(ids: tuple[int, ...]) -> int:
         return sum(token in specials for token in ids)
 
-    assert controls == set()
     assert count(rendered.initial_ids) == count(harmless.initial_ids) > 0
     for forged, plain in zip(rendered.turns, harmless.turns, strict=True):
         assert count(forged.action_ids) == count(plain.action_ids)

@@ -233,6 +233,11 @@ def test_parameter_count_of_glm_45_air() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads=8 is no multiple of num_key_value_heads=3"),
         ({"num_nextn_predict_layers": 1}, "multi-token prediction layers are not trained yet; set it to 0"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 must be 0"),
+        ({"vocab_size": "320"}, "vocab_size='320' must be an integer of at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be an integer of at least 1"),
+        ({"hidden_size": 128.5}, "hidden_size=128.5 must be an integer"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a number above 0"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is no JSON object"),
     ],
 )
 def test_configs_that_are_not_implemented_are_refused(change: dict[str, object], message: str) -> None:

@@ -43,7 +43,7 @@ def read(tmp_path: Path, *lines: bytes | dict[str, Any]) -> list[Trajectory | Re
     [
         (b'{"messages": [', "", "not JSON"),
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', "", "not UTF-8 at byte 43"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "", "half of a surrogate"),
+        ({"messages": [{"role": "user", "content": "\ud800"}, DONE]}, "", "half of a surrogate"),
         (b'{"messages": [], "reward": NaN}', "", "not JSON: NaN"),
         (b"[1]", "", "valid dictionary"),
         (b"[" * 100_000, "", "nested too deeply"),
@@ -84,6 +84,24 @@ def read(tmp_path: Path, *lines: bytes | dict[str, Any]) -> list[Trajectory | Re
             "only an assistant",
         ),
         ({"messages": [USER, DONE], "reward": "high"}, "reward", "number"),
+        ({"messages": [USER, DONE], "reward": "nan"}, "reward", "finite"),
+        ({"messages": [USER, DONE], "reward": float("1e999")}, "", "not JSON: Infinity"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}], "reward": 1e999}', "reward", "finite"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}], "x": 1e999}', "", "JSON cannot hold"),
+        (b'{"messages": [], "x": 1' + b"0" * 5000 + b"}", "", "not JSON"),
+        (
+            {"messages": [USER, acting(call(arguments='{"x": "\\ud800"}'))]},
+            "",
+            "half of a surrogate pair",
+        ),
+        ({"messages": [USER, acting(call(arguments='{"x": NaN}'))]}, "", "a number that JSON cannot hold"),
+        ({"messages": [USER, DONE], "prefix_messages": 999}, "prefix_messages", "999 must end the initial"),
+        (
+            {"messages": [USER, USER, DONE], "prefix_messages": 1},
+            "prefix_messages",
+            "1 must end the initial messages",
+        ),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages.1", "without content, reasoning or calls"),
     ],
 )
 def test_bad_records_are_refused_by_field(
@@ -96,6 +114,18 @@ def test_bad_records_are_refused_by_field(
     assert reason in refusal.reason
     assert isinstance(before, Trajectory)  # the rest goes on
     assert isinstance(after, Trajectory)
+
+
+def test_nulls_and_a_byte_order_mark_are_nothing(tmp_path: Path) -> None:
+    record = {
+        "messages": [USER, {**DONE, "tool_calls": None, "context_only": None, "finish_reason": None}],
+        "tools": None, "metadata": None, "id": None,
+    }  # fmt: skip
+    plain, marked = read(tmp_path, {"messages": [USER, DONE]}, b"\xef\xbb\xbf" + json.dumps(record).encode())
+    assert isinstance(plain, Trajectory)
+    assert isinstance(marked, Trajectory)
+    assert marked.messages == plain.messages
+    assert marked.metadata == {}
 
 
 def test_a_second_record_of_an_id_is_refused(tmp_path: Path) -> None:
@@ -162,13 +192,18 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     for turn in range(draw(st.integers(1, 4))):
         names = [f"call-{turn}-{index}" for index in range(draw(st.integers(0, 2)))]
         made = tuple(
-            ToolCall("t", draw(st.dictionaries(st.text(max_size=3), json_values, max_size=2)), name)
+            ToolCall(
+                "t",
+                draw(st.dictionaries(st.text(max_size=3), json_values, max_size=2)),
+                name,
+                draw(st.sampled_from([{}, {"index": 1}, {"function": {"id": "x"}}])),
+            )
             for name in names
         )
         messages.append(
             Message(
                 "assistant",
-                draw(st.none() | st.text(max_size=9)),
+                draw(st.text(min_size=1, max_size=9)),
                 draw(st.none() | st.text(max_size=9)),
                 made,
                 context_only=draw(st.booleans()),
@@ -177,6 +212,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
             )
         )
         messages += [Message("tool", draw(st.text(max_size=5)), tool_call_id=name) for name in names]
+    ends = [index for index, message in enumerate(messages) if message.role == "assistant"]
     return Trajectory(
         id=draw(st.text(min_size=1, max_size=5)),
         messages=tuple(messages),
@@ -185,7 +221,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         ),
         task_id=draw(st.none() | st.text(max_size=5)),
         reward=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
-        prefix_messages=draw(st.none() | st.integers(0, 9)),
+        prefix_messages=draw(st.none() | st.sampled_from([*ends, len(messages)])),
         metadata=draw(extras),
     )
 
@@ -238,6 +274,20 @@ def test_import_refuses_to_overwrite_its_input_and_names_missing_files(tmp_path:
     file.write_text(json.dumps({"messages": [USER, DONE]}) + "\n")
     with pytest.raises(ValueError, match="is also an input"):
         import_trajectories([file], file)
+    quarantined = tmp_path / "a.jsonl.quarantine.jsonl"
+    file.rename(quarantined)
+    with pytest.raises(ValueError, match="is also an input"):
+        import_trajectories([quarantined], file)
+    quarantined.rename(file)
     with pytest.raises(ValueError, match=r"none\.jsonl: No such file"):
         import_trajectories([tmp_path / "none.jsonl"], tmp_path / "out.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_files_of_one_name_do_not_refuse_each_others_records(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "chats.jsonl" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps({"messages": [USER, DONE]}) + "\n")
+    assert import_trajectories(files, tmp_path / "all.jsonl").kept == 2
+    assert [item.id for item in read_imported(tmp_path / "all.jsonl")] == ["chats-1-1", "chats-2-1"]

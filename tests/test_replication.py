@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klong.factory.generate import generate_domain
 from megatron_klong.factory.replication import (
     ReplicationEnvironment,
     ReplicationTask,
@@ -68,6 +69,13 @@ def test_tasks_come_from_the_seed() -> None:
         task.measurements for task in generate_tasks(20, 2)
     )
     assert {task.key for task in generate_tasks(200, 1)} == set(range(10))
+
+
+def test_generating_again_replaces_what_was_there(tmp_path: Path) -> None:
+    for seed, count in ((0, 3), (1, 2)):
+        generate_domain(tmp_path, count=count, seed=seed, renderer="glm-4.5", inserted_texts=())
+    names = sorted(path.name for path in (tmp_path / "tasks").iterdir())
+    assert names == ["replication-1-00000", "replication-1-00001"]
 
 
 def test_files_of_the_domain(domain: Path) -> None:

@@ -257,6 +257,48 @@ def test_a_truncated_store_is_refused(tmp_path: Path, suffix: str) -> None:
         TokenStore(tmp_path / "small")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        ("idx", b""), ("idx", b"junk"), ("json", b"[]"), ("json", b'{"version": 1}'), ("json", b"\xff"),
+        ("trajectories.jsonl", b""), ("trajectories.jsonl", b'{"id":'),
+        (
+            "trajectories.jsonl",
+            b'{"id": "a", "task_id": null, "reward": null, "marked_turns": null, "turns": []}',
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_store_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    small_store(tmp_path, Trajectory("a", (Message("user", "u"), Message("assistant", "b"))))
+    part(tmp_path / "small", suffix).write_bytes(content)
+    with pytest.raises(ValueError, match=r"store .*small: .*(damaged|no header|no readable|does not fit)"):
+        TokenStore(tmp_path / "small").labels  # noqa: B018 (read on first use)
+
+
+def test_the_hash_tells_blocks_apart(tmp_path: Path) -> None:
+    def content_hash(*messages: Message) -> str:
+        return small_store(tmp_path, Trajectory("a", messages)).header.content_sha256
+
+    user = Message("user", "u")
+    cut, whole = Message("assistant", "b", cut=True), Message("assistant", "b")
+    # The same tokens: once the stop id ends the action, once it opens the answer block.
+    assert content_hash(user, cut, user) != content_hash(user, whole, user)
+    assert content_hash(user, cut, user) == content_hash(user, cut, user)
+
+
+def test_a_failed_rename_leaves_the_old_store(tmp_path: Path) -> None:
+    first = Trajectory("a", (Message("user", "u"), Message("assistant", "b")))
+    small_store(tmp_path, first)
+    part(tmp_path / "small", "mask").rename(tmp_path / "mask")
+    part(tmp_path / "small", "mask").mkdir()
+    with pytest.raises(ValueError, match=r"small\.mask is a directory"):
+        small_store(tmp_path, first)
+    part(tmp_path / "small", "mask").rmdir()
+    (tmp_path / "mask").rename(part(tmp_path / "small", "mask"))
+    assert len(TokenStore(tmp_path / "small")) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_missing_parts_and_other_versions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no readable header small\.json"):
         TokenStore(tmp_path / "small")

@@ -5,7 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 python=${PYTHON:-python3.11}
-command -v "$python" >/dev/null || python=python3
+if ! command -v "$python" >/dev/null; then
+    echo "note: no $python here, using python3" >&2
+    python=python3
+fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: Python 3.11 or later is needed; set PYTHON to it" >&2
     exit 2

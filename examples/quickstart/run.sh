@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 klong=${BIN:-.venv/bin}/klong
 work=runs/quickstart
 
-# The window of sft.yaml, so that what is reported is what is trained on.
+# The window of sft.yaml: what is reported here is what is trained on there.
 window=(--max-tokens 256 --overlap 48 --reserve-generation 16 --reserve-observation 16
         --prefix reading --max-prefix-fraction 0.4)
 

@@ -40,7 +40,8 @@ def validate_config(model: type[Model], values: dict[str, Any], origin: str) -> 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A typo shows as an unknown key and, where the key is required, as a missing one too.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         path = [str(part) for part in first["loc"]]
         rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ValueError(f"config {origin}: {_explain(model, path, first)}{rest}") from error
@@ -74,7 +75,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _scalar(text: str) -> Any:
     """A value as YAML reads it, except that ``1e-4`` is a number (YAML 1.1 wants ``1.0e-4``)."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override value {text!r}: not YAML; quote it") from error
     if isinstance(value, str):
         try:
             return float(value)

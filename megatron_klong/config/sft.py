@@ -18,7 +18,7 @@ class RunConfig(StrictModel):
     dir: Path
     """The run directory: resolved config, metrics, checkpoints. One run per directory."""
 
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seeds the fresh weights and the order of the data."""
 
 
@@ -136,6 +136,10 @@ class SftConfig(StrictModel):
             raise ValueError(
                 f"data.row_tokens={row} is no multiple of parallel.tensor={self.parallel.tensor}, "
                 "which sequence parallelism needs"
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr} must not exceed optimizer.lr={self.optimizer.lr}"
             )
         if self.optimizer.warmup_steps >= self.training.steps:
             raise ValueError(

@@ -17,7 +17,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_klong.config import DataConfig, WindowConfig
-from megatron_klong.data.header import window_rule
+from megatron_klong.data.header import held_out_trajectories, window_rule
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import (
     TrainingSample,
@@ -105,13 +105,7 @@ def build_datasets(
             in it can be trained.
     """
     store = TokenStore(config.store)
-    held_out = round(len(store) * config.validation_fraction)
-    if (config.validation_fraction and not held_out) or held_out == len(store):
-        raise ValueError(
-            f"data.validation_fraction={config.validation_fraction} of the {len(store)} trajectories "
-            f"of {config.store} leaves {len(store) - held_out} to train and {held_out} to validate; "
-            "change it, or set it to 0"
-        )
+    held_out = held_out_trajectories(config, len(store))
     megatron_config = SplitTrajectoryDatasetConfig(
         random_seed=seed,
         sequence_length=config.row_length,

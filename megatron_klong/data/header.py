@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_klong.config import WindowConfig
+from megatron_klong.config import DataConfig, WindowConfig
 from megatron_klong.window import ContextWindow
 
 FORMAT_VERSION = 1
@@ -31,8 +31,8 @@ class StoreHeader:
         trajectories: how many.
         tokens: in all blocks.
         trained_tokens: of them, those with loss mask 1.
-        content_sha256: of tokens, mask and trajectory list; two stores with the same hash are the
-            same data.
+        content_sha256: of blocks, mask, trajectory list and the three id tuples; two stores with
+            the same hash are the same data.
     """
 
     version: int
@@ -61,16 +61,20 @@ def read_header(prefix: Path) -> StoreHeader:
     """
     file = part(prefix, "json")
     try:
-        raw: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        raw: Any = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"store {prefix}: no readable header {file.name}; run `klong data tokenize ... --out {prefix}`"
         ) from error
-    if raw.get("version") != FORMAT_VERSION:
+    if not isinstance(raw, dict) or "version" not in raw:
+        raise ValueError(f"store {prefix}: {file.name} is no header of a store; tokenize again")
+    if raw["version"] != FORMAT_VERSION:
         raise ValueError(
-            f"store {prefix}: format version {raw.get('version')}, this package reads {FORMAT_VERSION}; "
+            f"store {prefix}: format version {raw['version']}, this package reads {FORMAT_VERSION}; "
             "tokenize again"
         )
+    if {field.name for field in fields(StoreHeader)} != raw.keys():
+        raise ValueError(f"store {prefix}: {file.name} is damaged; tokenize again")
     ids = {name: tuple(raw[name]) for name in ("opening_ids", "marker_ids", "note_ids")}
     return StoreHeader(**{**raw, **ids})
 
@@ -83,3 +87,19 @@ def window_rule(config: WindowConfig, header: StoreHeader) -> ContextWindow:
         opener_tokens=len(header.opening_ids),
         note_tokens=len(header.note_ids),
     )
+
+
+def held_out_trajectories(config: DataConfig, trajectories: int) -> int:
+    """How many of a store's trajectories are held out, the last ones.
+
+    Raises:
+        ValueError: the fraction leaves none to train, or none to hold out although some are wanted.
+    """
+    held_out = round(trajectories * config.validation_fraction)
+    if (config.validation_fraction and not held_out) or held_out == trajectories:
+        raise ValueError(
+            f"data.validation_fraction={config.validation_fraction} of the {trajectories} trajectories "
+            f"of {config.store} leaves {trajectories - held_out} to train and {held_out} to validate; "
+            "change it, or set it to 0"
+        )
+    return held_out

@@ -122,7 +122,8 @@ class TokenStoreWriter:
         self._labels.write(line)
         mask = b"".join(masks)
         self._mask.write(mask)
-        for content in (tokens.tobytes(), mask, line.encode()):
+        sizes = np.array([len(block) for block in blocks], dtype=np.int64)
+        for content in (sizes.tobytes(), tokens.tobytes(), mask, line.encode()):
             self._hash.update(content)
         self.trajectories += 1
         self._tokens += len(mask)
@@ -133,28 +134,38 @@ class TokenStoreWriter:
     ) -> None:
         self._mask.close()
         self._labels.close()
-        if kind is None:
-            self._builder.finalize(str(part(self._building, "idx")))
-            header = json.dumps(asdict(self._header()), indent=2)
-            part(self._building, "json").write_text(header + "\n")
-            part(self._prefix, "json").unlink(missing_ok=True)
-            for suffix in PARTS:
-                os.replace(part(self._building, suffix), part(self._prefix, suffix))
-        else:
+        try:
+            if kind is None:
+                self._complete()
+        finally:
             self._builder.data_file.close()
             for suffix in PARTS:
                 part(self._building, suffix).unlink(missing_ok=True)
 
+    def _complete(self) -> None:
+        self._builder.finalize(str(part(self._building, "idx")))
+        header = json.dumps(asdict(self._header()), indent=2)
+        part(self._building, "json").write_text(header + "\n")
+        for suffix in PARTS:
+            if part(self._prefix, suffix).is_dir():
+                raise ValueError(f"store {self._prefix}: {part(self._prefix, suffix)} is a directory")
+        # Without a header there is no store: the old one is gone before its parts are replaced.
+        part(self._prefix, "json").unlink(missing_ok=True)
+        for suffix in PARTS:
+            os.replace(part(self._building, suffix), part(self._prefix, suffix))
+
     def _header(self) -> StoreHeader:
         renderer = self._renderer
+        inserted = (renderer.opening_ids, renderer.marker(MARKER_TEXT), renderer.note(NOTE_TEXT))
+        self._hash.update(json.dumps(inserted).encode())
         return StoreHeader(
             version=FORMAT_VERSION,
             renderer=renderer.format.name,
             tokenizer_sha256=renderer.fingerprint,
             vocab_size=renderer.vocab_size,
-            opening_ids=renderer.opening_ids,
-            marker_ids=renderer.marker(MARKER_TEXT),
-            note_ids=renderer.note(NOTE_TEXT),
+            opening_ids=inserted[0],
+            marker_ids=inserted[1],
+            note_ids=inserted[2],
             trajectories=self.trajectories,
             tokens=self._tokens,
             trained_tokens=self._trained,
@@ -199,7 +210,12 @@ class TokenStore:
         for suffix in PARTS:
             if not part(prefix, suffix).is_file():
                 raise ValueError(f"store {prefix}: {part(prefix, suffix).name} is missing; tokenize again")
-        self._index = IndexedDataset(str(prefix))
+        try:
+            self._index = IndexedDataset(str(prefix))
+        except Exception as error:  # Megatron asserts, numpy and struct have errors of their own
+            raise ValueError(
+                f"store {prefix}: {part(prefix, 'idx').name} is damaged; tokenize again"
+            ) from error
         lengths = self._index.sequence_lengths
         stored = part(prefix, "bin").stat().st_size // self._index.index.dtype_size
         masked = part(prefix, "mask").stat().st_size
@@ -219,8 +235,16 @@ class TokenStore:
     @cached_property
     def labels(self) -> tuple[TrajectoryLabel, ...]:
         """The trajectory list."""
-        with part(self.prefix, "trajectories.jsonl").open(encoding="utf-8") as lines:
-            return tuple(_parse_label(json.loads(line)) for line in lines)
+        file = part(self.prefix, "trajectories.jsonl")
+        try:
+            with file.open(encoding="utf-8") as lines:
+                labels = tuple(_parse_label(json.loads(line)) for line in lines)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"store {self.prefix}: {file.name} is damaged; tokenize again") from error
+        blocks = np.diff(self._index.document_indices).tolist()
+        if [2 * len(label.turns) + 1 for label in labels] != blocks:
+            raise ValueError(f"store {self.prefix}: {file.name} does not fit the tokens; tokenize again")
+        return labels
 
     def lengths(self, number: int) -> np.ndarray:
         """Block lengths of a trajectory: initial, then action and answer of every turn."""

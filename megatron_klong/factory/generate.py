@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def generate_domain(
     """Draw tasks, let the expert solve them, and make a tokenizer for what it saw and wrote.
 
     Args:
-        out: folder for ``tasks/``, ``trajectories.jsonl`` and ``tokenizer/``.
+        out: folder for ``tasks/``, ``trajectories.jsonl`` and ``tokenizer/``; what an earlier call
+            wrote there is replaced.
         count: how many tasks.
         seed: draws them.
         renderer: the chat format that the tokenizer serves.
@@ -62,6 +64,8 @@ def generate_domain(
     texts = {piece for piece in pieces if isinstance(piece, str)}
     messages, grades = 0, 0.0
     file = out / "trajectories.jsonl"
+    for earlier in (out / "tasks").glob("*/task.json"):
+        shutil.rmtree(earlier.parent)
     with written_when_complete(file) as stream:
         for task in generate_tasks(count, seed):
             trajectory = expert_trajectory(task)

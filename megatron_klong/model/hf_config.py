@@ -19,6 +19,8 @@ _WITHOUT_INFLUENCE = frozenset(
     }
 )  # fmt: skip
 
+_MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"})
+
 _REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "n_group": 1,
@@ -75,9 +77,11 @@ def load_hf_config(path: Path) -> Glm4MoeConfig:
     if not file.is_file():
         raise ValueError(f"model.hf_config: no config.json at {path}")
     try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"model.hf_config: {file} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"model.hf_config: {file} is no JSON object")
     return parse_hf_config(raw, str(file))
 
 
@@ -91,9 +95,13 @@ def parse_hf_config(raw: dict[str, Any], origin: str) -> Glm4MoeConfig:
     if "num_mtp_layers" in values:
         values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
     if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
+        for name in ("hidden_size", "num_attention_heads"):
+            _check_type(name, values[name], origin)
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     _refuse_unimplemented(values, origin)
     names = [field.name for field in fields(Glm4MoeConfig) if field.name in values]
+    for name in names:
+        _check_type(name, values[name], origin)
     config = Glm4MoeConfig(**{name: values[name] for name in names})
     _check_consistency(config, origin)
     return config
@@ -102,6 +110,8 @@ def parse_hf_config(raw: dict[str, Any], origin: str) -> Glm4MoeConfig:
 def _rope_values(raw: dict[str, Any], origin: str) -> dict[str, Any]:
     """RoPE fields from either layout: flat (transformers 4) or ``rope_parameters`` (5)."""
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{origin}: rope_parameters={rope!r} is no JSON object")
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"{origin}: rope_parameters.rope_type={kind!r} is not implemented")
@@ -109,6 +119,21 @@ def _rope_values(raw: dict[str, Any], origin: str) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e6)),
         "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)),
     }
+
+
+def _check_type(name: str, value: Any, origin: str) -> None:
+    default = getattr(Glm4MoeConfig, name)
+    least = 0 if name in _MAY_BE_ZERO else 1
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        wanted = f"an integer of at least {least}"
+    else:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        wanted = "a number above 0"
+    if not fits:
+        raise ValueError(f"{origin}: {name}={value!r} must be {wanted}")
 
 
 def _refuse_unimplemented(values: dict[str, Any], origin: str) -> None:

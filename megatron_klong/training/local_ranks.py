@@ -46,7 +46,9 @@ def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> 
         0; the exit code of the first rank that failed; or 128 + the signal's number.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What we were started to ignore (nohup, a shell's background job) stays ignored.
+    caught = [number for number in stops if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _interrupt) for number in caught}
     ranks: list[Rank] = []
     try:
@@ -88,7 +90,7 @@ def _start(module: str, arguments: Sequence[str], number: int, nproc: int, port:
         "KLONG_LAUNCHER": str(os.getpid()),
     }
     log = logs / f"rank_{number}.log"
-    with log.open("wb") as stderr:
+    with log.open("ab") as stderr:  # a restart keeps the log of what failed before
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=environment,

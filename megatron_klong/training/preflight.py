@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_klong.config import SftConfig
-from megatron_klong.data.header import StoreHeader, read_header, window_rule
+from megatron_klong.data.header import StoreHeader, held_out_trajectories, read_header, window_rule
 from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
 from megatron_klong.model.layout import check_layout
 
@@ -33,4 +33,8 @@ def check_sft(config: SftConfig) -> CheckedInputs:
             f"data.store={config.data.store}: its tokenizer has {header.vocab_size} tokens, more than "
             f"the model's vocab_size={hf.vocab_size}; use the model's own tokenizer"
         )
+    held_out_trajectories(config.data, header.trajectories)
+    weights = config.model.weights
+    if weights is not None and not any(weights.glob("*.safetensors")):
+        raise ValueError(f"model.weights={weights}: has no *.safetensors")
     return CheckedInputs(hf, header)

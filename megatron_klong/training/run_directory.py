@@ -67,16 +67,17 @@ class RunDirectory:
         Args:
             config: the resolved config; saved as ``config.yaml``.
             inputs: what it trains on and which model.
-            fresh: delete an earlier run first.
+            fresh: delete an earlier run first; other files in the directory stay.
 
         Raises:
             ValueError: the directory holds another run, or files that are no run.
         """
-        if fresh:
-            self._delete_run()
         identity = run_identity(config, inputs)
         if self.identity.is_file():
-            self._refuse_other_run(json.loads(self.identity.read_text()), identity)
+            if fresh:
+                self._delete_run()
+            elif self._has_results():
+                self._refuse_other_run(json.loads(self.identity.read_text()), identity)
         elif any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise ValueError(
                 f"run.dir={self.path}: holds files that are no run of this package; choose an empty "
@@ -104,13 +105,18 @@ class RunDirectory:
                 "run.dir, or --fresh to delete that run"
             )
 
+    def _has_results(self) -> bool:
+        """Whether anything was trained; a start that failed before may be corrected freely."""
+        written = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return written or self.checkpoints.is_dir()
+
     def _delete_run(self) -> None:
-        if not self.identity.is_file():
-            return
-        for path in (self.config, self.identity, self.metrics):
-            path.unlink(missing_ok=True)
+        """Delete what a run wrote, its identity last: an interrupted deletion can be repeated."""
         for folder in (self.checkpoints, self.logs):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for path in (self.metrics, self.config, self.identity):
+            path.unlink(missing_ok=True)
 
 
 def _replace_text(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Starts a supervised fine-tuning run: its own ranks on one node, or as one rank of torchrun or srun."""
+"""Starts a supervised fine-tuning run: its own ranks on one node, or as one rank of torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     """
     inputs = check_sft(config)
     run = RunDirectory(config.run.dir)
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         with run.locked():
             run.prepare(config, inputs, fresh=fresh)
             world = config.parallel.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,11 @@ class EvaluationResult:
 
 
 def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> StepResult:
-    """Forward, backward and one update over this data-parallel rank's rows of the global batch."""
+    """Forward, backward and one update over this data-parallel rank's rows of the global batch.
+
+    Raises:
+        FloatingPointError: loss or gradient norm is not finite, on every rank alike.
+    """
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
@@ -65,11 +70,17 @@ def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective
     # Advanced before the update, so that the first step already has a rate above 0.
     trainer.scheduler.step(increment=1)
     _, grad_norm, _ = trainer.optimizer.step()
+    norm = float(grad_norm or 0.0)
+    if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"loss {sums.loss} and gradient norm {norm} are not finite; the last checkpoint is from "
+            "before this step. Lower optimizer.lr, or look at the batch"
+        )
     return StepResult(
         loss=sums.loss,
         trained_tokens=sums.trained_tokens,
         tokens=sums.tokens,
-        grad_norm=float(grad_norm or 0.0),
+        grad_norm=norm,
         learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
     )
 

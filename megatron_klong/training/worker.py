@@ -1,7 +1,6 @@
 """One rank of a training run: ``python -m megatron_klong.training.worker RUN_DIR``.
 
-Started by ``klong sft`` on one node, or by torchrun or srun; reads the resolved config of the run
-directory and nothing else.
+Started by ``klong sft`` on one node; reads the resolved config of the run directory.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from megatron_klong.config import SftConfig, load_config
@@ -22,6 +22,7 @@ def main(run_dir: Path) -> int:
     try:
         train(load_config(SftConfig, run_dir / "config.yaml"))
     except ValueError as error:
+        traceback.print_exc()  # to the rank's log; the last line is what the person sees
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,9 +53,10 @@ def import_trajectories(
         ValueError: a file cannot be read, or ``out`` is one of them.
     """
     files = list(files)
-    if out.resolve() in {file.resolve() for file in files}:
-        raise ValueError(f"--out {out}: is also an input")
     quarantine = out.with_name(out.name + ".quarantine.jsonl")
+    for written in (out, quarantine):
+        if written.resolve() in {file.resolve() for file in files}:
+            raise ValueError(f"--out {out}: {written} is also an input")
     refusals: list[Refusal] = []
     kept = messages = assistant = 0
     with written_when_complete(out) as good:
@@ -96,11 +97,13 @@ def read_imported(file: Path) -> Iterator[Trajectory]:
         yield item
 
 
-def _records(files: Iterable[Path]) -> Iterator[Trajectory | Refusal]:
+def _records(files: Sequence[Path]) -> Iterator[Trajectory | Refusal]:
     seen: set[str] = set()
-    for file in files:
+    stems = [file.stem for file in files]
+    for number, file in enumerate(files, 1):
+        alone = stems.count(file.stem) == 1
         try:
-            yield from read_openai_chat(file, seen)
+            yield from read_openai_chat(file, file.stem if alone else f"{file.stem}-{number}", seen)
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}") from error
 

@@ -49,7 +49,17 @@ class Refusal:
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=False)
+    """A null is the same as a field that is absent, as exports of tables write it."""
+
+    model_config = ConfigDict(extra="allow", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        known = cls.model_fields
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None or key not in known}
 
     @property
     def unknown(self) -> Json:
@@ -68,7 +78,7 @@ class _Function(_Wire):
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"not JSON: {error}") from error
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
@@ -125,6 +135,8 @@ class _Record(_Wire):
         for index, message in enumerate(self.messages):
             where = f"messages.{index}"
             if message.role == "assistant":
+                if not (message.content or message.reasoning_content or message.tool_calls):
+                    raise ValueError(f"{where}: an assistant message without content, reasoning or calls")
                 open_calls = _call_ids(message, where)
             elif message.tool_calls:
                 raise ValueError(f"{where}.tool_calls: only an assistant message may call tools")
@@ -133,7 +145,18 @@ class _Record(_Wire):
                     f"{where}.tool_call_id: {message.tool_call_id!r} answers no call of the "
                     "assistant message before it"
                 )
+        self._mark_ends_a_block()
         return self
+
+    def _mark_ends_a_block(self) -> None:
+        """The prefix rule `marked` pins whole blocks: the initial messages and whole turns."""
+        mark, count = self.prefix_messages, len(self.messages)
+        if mark is None or mark == count or (mark < count and self.messages[mark].role == "assistant"):
+            return
+        raise ValueError(
+            f"prefix_messages: {mark} must end the initial messages or a whole turn: the message "
+            f"after it is to be an assistant's, or it is all {count}"
+        )
 
 
 def _call_ids(message: _Message, where: str) -> set[str]:
@@ -145,20 +168,23 @@ def _call_ids(message: _Message, where: str) -> set[str]:
     return set(ids)  # type: ignore[arg-type]
 
 
-def read_openai_chat(file: Path, seen: set[str] | None = None) -> Iterator[Trajectory | Refusal]:
+def read_openai_chat(
+    file: Path, name: str | None = None, seen: set[str] | None = None
+) -> Iterator[Trajectory | Refusal]:
     """Stream the records of a JSONL file; blank lines are passed over.
 
-    A record without an ``id`` gets ``<file stem>-<line>``. A record whose id is in ``seen`` (ids of
-    earlier records, added to as the file is read) is refused.
+    A record without an ``id`` gets ``NAME-LINE``; the name is the file's stem unless given. A record
+    whose id is in ``seen`` (ids of earlier records, added to as the file is read) is refused.
     """
+    name = file.stem if name is None else name
     seen = set() if seen is None else seen
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _read_line(line, file, number, seen)
+                yield _read_line(line, file, number, f"{name}-{number}", seen)
 
 
-def _read_line(line: bytes, file: Path, number: int, seen: set[str]) -> Trajectory | Refusal:
+def _read_line(line: bytes, file: Path, number: int, default_id: str, seen: set[str]) -> Trajectory | Refusal:
     def refuse(field: str, reason: str) -> Refusal:
         raw = line.decode("utf-8", "backslashreplace").rstrip("\n")
         return Refusal(str(file), number, field, reason, raw)
@@ -180,7 +206,11 @@ def _read_line(line: bytes, file: Path, number: int, seen: set[str]) -> Trajecto
         if not field and ": " in reason:
             field, reason = reason.split(": ", 1)
         return refuse(field, reason)
-    trajectory = _to_trajectory(record, f"{file.stem}-{number}")
+    trajectory = _to_trajectory(record, default_id)
+    try:
+        write_openai_chat(trajectory).encode()
+    except ValueError:
+        return refuse("", "has half of a surrogate pair or a number that JSON cannot hold")
     if trajectory.id in seen:
         return refuse("id", f"{trajectory.id!r} was used by an earlier record")
     seen.add(trajectory.id)
@@ -188,14 +218,17 @@ def _read_line(line: bytes, file: Path, number: int, seen: set[str]) -> Trajecto
 
 
 def _parse_json(line: bytes) -> Any:
-    """JSON without NaN and infinities, which other readers of the output would choke on."""
+    """JSON in UTF-8, with or without a byte order mark; NaN and infinities are no JSON."""
 
     def refuse(name: str) -> float:
         raise json.JSONDecodeError(f"{name} is not a JSON value", name, 0)
 
-    value = json.loads(line.decode("utf-8"), parse_constant=refuse)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be written
-    return value
+    try:
+        return json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise json.JSONDecodeError(str(error), "", 0) from error
 
 
 def _to_trajectory(record: _Record, default_id: str) -> Trajectory:
@@ -226,7 +259,8 @@ def _to_message(message: _Message) -> Message:
                 name=call.function.name,
                 arguments=call.function.arguments,
                 id=call.id,
-                metadata={**call.unknown, **call.function.unknown},
+                metadata=call.unknown
+                | ({"function": call.function.unknown} if call.function.unknown else {}),
             )
             for call in message.tool_calls or ()
         ),
@@ -249,7 +283,7 @@ def write_openai_chat(trajectory: Trajectory) -> str:
     }
     record |= {name: value for name, value in optional.items() if value is not None}
     record["messages"] = [_from_message(message) for message in trajectory.messages]
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _from_message(message: Message) -> Json:
@@ -258,7 +292,11 @@ def _from_message(message: Message) -> Json:
             **call.metadata,
             **({} if call.id is None else {"id": call.id}),
             "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            "function": {
+                **call.metadata.get("function", {}),
+                "name": call.name,
+                "arguments": json.dumps(call.arguments, ensure_ascii=False, allow_nan=False),
+            },
         }
         for call in message.tool_calls
     ]
