@@ -61,14 +61,13 @@ def test_fresh_deletes_the_run_and_nothing_else(tmp_path: Path, inputs: CheckedI
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path).locked():
-        with (
-            pytest.raises(ValueError, match="another process is running in it"),
-            RunDirectory(tmp_path).locked(),
-        ):
+    def start() -> None:
+        with RunDirectory(tmp_path).locked():
             pass
-    with RunDirectory(tmp_path).locked():
-        pass
+
+    with RunDirectory(tmp_path).locked(), pytest.raises(ValueError, match="another process is running"):
+        start()
+    start()
 
 
 def test_metrics_are_cut_after_the_checkpoint(tmp_path: Path) -> None:

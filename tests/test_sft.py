@@ -137,6 +137,14 @@ def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path)
         header.write_text(before)
 
 
+def test_a_diverged_run_stops_and_says_so(domain_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped = sft(domain_store, run, "optimizer.lr=1e30", "optimizer.clip_grad=0", code=1)
+    assert "are not finite; the last checkpoint is from before this step" in stopped.stderr
+    assert not (run / "checkpoints" / "step_00000004").exists()
+    assert all(abs(line["loss"]) < float("inf") for line in metrics(run))
+
+
 def test_a_directory_with_other_files_is_refused(domain_store: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     refused = sft(domain_store, tmp_path, "--fresh", code=2)
