@@ -113,10 +113,10 @@ def test_a_finished_run_started_again_does_nothing(finished: Path, domain_store:
 
 
 def test_another_run_in_the_same_directory_is_refused(finished: Path, domain_store: Path) -> None:
-    refused = sft(domain_store, finished, "optimizer.lr=1e-5", code=2)
+    refused = sft(domain_store, finished, "optimizer.lr=1e-2", code=2)
     assert refused.stderr.count("\n") == 1
     assert (
-        "holds a run with other settings: optimizer.lr (optimizer.lr was 0.003, now 1e-05)" in refused.stderr
+        "holds a run with other settings: optimizer.lr (optimizer.lr was 0.003, now 0.01)" in refused.stderr
     )
 
 
