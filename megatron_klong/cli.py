@@ -81,15 +81,13 @@ def train_tokenizer(
 
     Example: klong data train-tokenizer trajectories.jsonl --vocab-size 1024 --out tokenizer
     """
-    from megatron_klong.trajectory.formats import FORMATS
+    from megatron_klong.trajectory.formats import chat_format
     from megatron_klong.trajectory.importing import read_imported
     from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
 
-    if renderer not in FORMATS:
-        raise ValueError(f"--renderer {renderer}: there are {', '.join(FORMATS)}")
-    chat_format = FORMATS[renderer]
-    texts = (text for item in read_imported(file) for text in trajectory_texts(item, chat_format))
-    tokenizer = train_bpe_tokenizer(texts, chat_format, vocab_size)
+    family = chat_format(renderer)
+    texts = (text for item in read_imported(file) for text in trajectory_texts(item, family))
+    tokenizer = train_bpe_tokenizer(texts, family, vocab_size)
     save_tokenizer(tokenizer, out)
     print(f"{tokenizer.get_vocab_size()} tokens -> {out}")
 

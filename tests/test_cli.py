@@ -114,7 +114,7 @@ def test_refused_records_are_told_and_kept(tmp_path: Path) -> None:
         (["factory", "generate", "--tasks", "0", "--out", "x"], "--tasks 0: must be at least 1"),
         (
             ["factory", "generate", "--renderer", "llama", "--out", "x"],
-            "--renderer llama: there are glm-4.5, qwen3",
+            "renderer 'llama' is not registered (there are: glm-4.5, qwen3)",
         ),
         (["data", "import", "pyproject.toml", "--out", "/proc/x.jsonl"], "/proc/x.jsonl: No such file"),
         (["factory", "generate", "--out", "/proc/x"], "/proc/x"),

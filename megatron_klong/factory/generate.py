@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_klong.factory.replication import ReplicationTask, expert_trajectory, generate_tasks
-from megatron_klong.trajectory.formats import FORMATS
+from megatron_klong.trajectory.formats import chat_format
 from megatron_klong.trajectory.importing import written_when_complete
 from megatron_klong.trajectory.openai_chat import write_openai_chat
 from megatron_klong.trajectory.render import Piece
@@ -57,10 +57,8 @@ def generate_domain(
     """
     if count < 1:
         raise ValueError(f"--tasks {count}: must be at least 1")
-    if renderer not in FORMATS:
-        raise ValueError(f"--renderer {renderer}: there are {', '.join(FORMATS)}")
-    chat_format = FORMATS[renderer]
-    pieces: list[Piece] = [piece for text in inserted_texts for piece in (text, *chat_format.aside(text))]
+    family = chat_format(renderer)
+    pieces: list[Piece] = [piece for text in inserted_texts for piece in (text, *family.aside(text))]
     texts = {piece for piece in pieces if isinstance(piece, str)}
     messages, grades = 0, 0.0
     file = out / "trajectories.jsonl"
@@ -70,12 +68,12 @@ def generate_domain(
         for task in generate_tasks(count, seed):
             trajectory = expert_trajectory(task)
             stream.write(write_openai_chat(trajectory) + "\n")
-            texts.update(trajectory_texts(trajectory, chat_format))
+            texts.update(trajectory_texts(trajectory, family))
             messages += len(trajectory.messages)
             grades += trajectory.reward or 0.0
             _write_task(task, out / "tasks" / task.id)
             on_task()
-    tokenizer = phrase_tokenizer(texts, chat_format)
+    tokenizer = phrase_tokenizer(texts, family)
     save_tokenizer(tokenizer, out / "tokenizer")
     return GenerationReport(
         tasks=str(out / "tasks"),

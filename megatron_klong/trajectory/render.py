@@ -169,13 +169,9 @@ def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:
     Raises:
         ValueError: no such renderer, no such file, or a tokenizer of another family.
     """
-    from megatron_klong.trajectory.formats import FORMATS
+    from megatron_klong.trajectory.formats import chat_format
 
-    if name not in FORMATS:
-        raise ValueError(
-            f"renderer {name!r} is not registered (there are: {', '.join(FORMATS)}); a chat template "
-            "that rewrites earlier turns cannot be split without one"
-        )
+    family = chat_format(name)
     file = tokenizer_dir / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"tokenizer: no tokenizer.json in {tokenizer_dir}")
@@ -183,4 +179,4 @@ def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any malformed file
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from error
-    return Renderer(FORMATS[name], tokenizer, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Renderer(family, tokenizer, hashlib.sha256(file.read_bytes()).hexdigest())

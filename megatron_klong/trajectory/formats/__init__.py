@@ -11,3 +11,17 @@ FORMATS: Mapping[str, ChatFormat] = MappingProxyType(
     {chat_format.name: chat_format for chat_format in (Glm45Format(), Qwen3Format())}
 )
 """By the name that `klong data tokenize --renderer` takes."""
+
+
+def chat_format(name: str) -> ChatFormat:
+    """The registered format of that name.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    if name not in FORMATS:
+        raise ValueError(
+            f"renderer {name!r} is not registered (there are: {', '.join(FORMATS)}); a chat template "
+            "that rewrites earlier turns cannot be split without one"
+        )
+    return FORMATS[name]
