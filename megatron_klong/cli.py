@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
 from megatron_klong.config import SftConfig, WindowConfig, load_config, validate_config
+
+if TYPE_CHECKING:
+    from megatron_klong.convert.folders import ConversionReport
 
 app = typer.Typer(
     help="A training stack for agents that work for hours.",
@@ -24,7 +27,9 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Trajectories in, windows out.", no_args_is_help=True)
 factory = typer.Typer(help="Tasks and expert trajectories.", no_args_is_help=True)
+convert = typer.Typer(help="Checkpoints from and to Hugging Face, bit for bit.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(convert, name="convert")
 app.add_typer(factory, name="factory")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine.")]
@@ -237,6 +242,50 @@ def generate(
     )
 
 
+@convert.command("export")
+def export(
+    megatron_dir: Annotated[Path, typer.Argument(help="Checkpoint, or run directory (the newest is taken).")],
+    hf_dir: Annotated[Path, typer.Argument(help="Folder to make.")],
+    hf_config: Annotated[
+        Path | None, typer.Option(help="config.json, where the checkpoint has none.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer files are copied.")] = None,
+    fused: Annotated[bool, typer.Option("--fused", help="One tensor for all experts of a layer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint's weights, saved at any TP, PP and EP, as a Hugging Face folder.
+
+    Example: klong convert export runs/quickstart/sft exported --tokenizer runs/quickstart/domain/tokenizer
+    """
+    _quiet()
+    from megatron_klong.convert.exporting import export_checkpoint
+
+    with _counter("exporting", "tensors") as tick:
+        report = export_checkpoint(
+            megatron_dir, hf_dir, hf_config=hf_config, tokenizer=tokenizer,
+            layout="fused" if fused else "per-expert", on_tensor=tick,
+        )  # fmt: skip
+    _print_conversion(report, as_json)
+
+
+@convert.command("import")
+def import_weights(
+    hf_dir: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    megatron_dir: Annotated[Path, typer.Argument(help="Folder to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write Hugging Face weights as a Megatron checkpoint that is read at any TP, PP and EP.
+
+    Example: klong convert import GLM-4.5-Air glm-4.5-air-megatron
+    """
+    _quiet()
+    from megatron_klong.convert.importing import import_checkpoint
+
+    with _counter("importing", "tensors") as tick:
+        report = import_checkpoint(hf_dir, megatron_dir, on_tensor=tick)
+    _print_conversion(report, as_json)
+
+
 @app.command()
 def sft(
     config: Annotated[Path, typer.Argument(help="YAML file; see examples/quickstart/sft.yaml.")],
@@ -274,6 +323,14 @@ def _window(
     return validate_config(WindowConfig, values, "of the window")
 
 
+def _print_conversion(report: ConversionReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+        return
+    left = "".join(f"; left out: {count} tensors of {what}" for what, count in report.left_out.items())
+    print(f"{report.tensors} tensors, {report.bytes:,} bytes: {report.source} -> {report.target}{left}")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, default=_jsonable, ensure_ascii=False))
 
@@ -281,6 +338,8 @@ def _print_json(value: Any) -> None:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return str(value)
     if is_dataclass(value) and not isinstance(value, type):
         # One level at a time, so that models inside records come through here too.
         return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -25,7 +25,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 16,
+    "head_dim": 32,
     "attention_bias": True,
     "moe_intermediate_size": 48,
     "n_routed_experts": 8,

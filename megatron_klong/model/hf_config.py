@@ -66,6 +66,11 @@ class Glm4MoeConfig:
         return layer >= self.first_k_dense_replace
 
 
+def config_json(path: Path) -> Path:
+    """The file meant by itself or by its folder."""
+    return path / "config.json" if path.is_dir() else path
+
+
 def load_hf_config(path: Path) -> Glm4MoeConfig:
     """Read ``config.json``, given as the file or the folder that holds it.
 
@@ -73,7 +78,7 @@ def load_hf_config(path: Path) -> Glm4MoeConfig:
         ValueError: the file is missing, is not GLM-4.5-MoE, or has a field or value that this
             package does not implement; the message names it.
     """
-    file = path / "config.json" if path.is_dir() else path
+    file = config_json(path)
     if not file.is_file():
         raise ValueError(f"model.hf_config: no config.json at {path}")
     try:

@@ -26,5 +26,7 @@ def activate() -> Platform:
 
 
 def quiet_imports() -> None:
-    """Silence what Megatron says on import where Transformer Engine and Apex are absent."""
+    """Silence what is said of things we mean: Megatron where Transformer Engine and Apex are absent,
+    and torch where one process alone reads or writes a distributed checkpoint."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_klong.training.model_checkpoint import checkpoint_metadata
 from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
 from megatron_klong.training.trainer import Trainer
 
 _STEP_DIR = re.compile(r"step_(\d{8})")
-_METADATA = {
-    # Megatron 0.16 refuses its default optimizer format; this one can be read at another layout.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last: int) -> Path:
-    """Write model, optimizer, schedule and progress; all ranks take part.
+    """Write model, its config, optimizer, schedule and progress; all ranks take part.
 
     The folder has its final name only when everything is in it. Then the oldest checkpoints beyond
     ``keep_last`` are deleted.
@@ -64,9 +60,10 @@ def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last:
         "scheduler": trainer.scheduler.state_dict(),
         "progress": asdict(progress),
     }
-    dist_checkpointing.save(state, str(unfinished), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(unfinished), content_metadata=checkpoint_metadata())
     torch.distributed.barrier()
     if first:
+        shutil.copyfile(trainer.hf_config, unfinished / "config.json")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
         for old in _complete(root)[:-keep_last]:
@@ -86,8 +83,10 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> Progress:
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
-    model = trainer.model.module.sharded_state_dict(metadata=_METADATA)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    model = trainer.model.module.sharded_state_dict(metadata=checkpoint_metadata())
+    optimizer = trainer.optimizer.sharded_state_dict(
+        model, is_loading=is_loading, metadata=checkpoint_metadata()
+    )
     return {"model": model, "optimizer": optimizer}
 
 

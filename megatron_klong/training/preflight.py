@@ -35,6 +35,8 @@ def check_sft(config: SftConfig) -> CheckedInputs:
         )
     held_out_trajectories(config.data, header.trajectories)
     weights = config.model.weights
-    if weights is not None and not any(weights.glob("*.safetensors")):
-        raise ValueError(f"model.weights={weights}: has no *.safetensors")
+    if weights is not None and not any((*weights.glob("*.safetensors"), *weights.glob(".metadata"))):
+        raise ValueError(
+            f"model.weights={weights}: has neither *.safetensors nor a Megatron checkpoint's .metadata"
+        )
     return CheckedInputs(hf, header)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +12,17 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_klong.config import ModelConfig, OptimizerConfig, SftConfig
+from megatron_klong.config import OptimizerConfig, SftConfig
 from megatron_klong.model.glm4_moe import build_model
-from megatron_klong.model.hf_config import Glm4MoeConfig
-from megatron_klong.model.weights import (
-    WeightSource,
-    load_weights,
-    random_weights,
-    safetensors_weights,
-)
+from megatron_klong.model.hf_config import Glm4MoeConfig, config_json
+from megatron_klong.model.weights import load_weights, random_weights, safetensors_weights
 from megatron_klong.platform import Platform
+from megatron_klong.training.model_checkpoint import is_checkpoint, load_model
 
 
 @dataclass
@@ -37,6 +35,7 @@ class Trainer:
         scheduler: learning rate and weight decay by step.
         device: where batches go.
         row_tokens: length of every row.
+        hf_config: the model's `config.json`, which goes into every checkpoint.
     """
 
     model: DistributedDataParallel
@@ -44,6 +43,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     device: torch.device
     row_tokens: int
+    hf_config: Path
 
 
 def build_trainer(config: SftConfig, hf: Glm4MoeConfig, platform: Platform) -> Trainer:
@@ -51,7 +51,7 @@ def build_trainer(config: SftConfig, hf: Glm4MoeConfig, platform: Platform) -> T
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
     row_tokens = config.data.row_length
     model = build_model(hf, config.parallel, dtype, row_tokens).to(platform.device)
-    load_weights(model, hf, initial_weights(config.model, hf, config.run.seed))
+    _first_weights(model, config, hf)
     wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -61,12 +61,19 @@ def build_trainer(config: SftConfig, hf: Glm4MoeConfig, platform: Platform) -> T
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(config.optimizer, config.training.steps, optimizer)
-    return Trainer(wrapped, optimizer, scheduler, platform.device, row_tokens)
+    config_file = config_json(config.model.hf_config)
+    return Trainer(wrapped, optimizer, scheduler, platform.device, row_tokens, config_file)
 
 
-def initial_weights(config: ModelConfig, hf: Glm4MoeConfig, seed: int) -> WeightSource:
-    """The weights that a run starts from."""
-    return random_weights(hf, seed) if config.weights is None else safetensors_weights(config.weights)
+def _first_weights(model: GPTModel, config: SftConfig, hf: Glm4MoeConfig) -> None:
+    """The weights that a run starts from: fresh, of a Hugging Face folder, or of a checkpoint."""
+    weights = config.model.weights
+    if weights is None:
+        load_weights(model, hf, random_weights(hf, config.run.seed))
+    elif is_checkpoint(weights):
+        load_model(model, weights)
+    else:
+        load_weights(model, hf, safetensors_weights(weights))
 
 
 def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:

@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron checkpoints, streamed tensor by tensor through the weight map."""

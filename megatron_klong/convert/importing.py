@@ -1,0 +1,101 @@
+"""Hugging Face folder -> Megatron distributed checkpoint, at most one stored tensor in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megatron_klong.convert.folders import ConversionReport, complete_or_absent
+from megatron_klong.convert.hf_folder import HfFolder
+from megatron_klong.convert.stored import StoredTensor, stored_tensors
+from megatron_klong.model.hf_config import load_hf_config
+
+_MEGATRON_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What Megatron-Core 0.16 writes into ``metadata.json`` beside a torch distributed checkpoint."""
+
+
+def import_checkpoint(
+    source: Path, target: Path, *, on_tensor: Callable[[], None] = lambda: None
+) -> ConversionReport:
+    """Write Hugging Face weights as a distributed checkpoint that Megatron reads at any layout.
+
+    Args:
+        source: folder with ``config.json`` and safetensors, experts one by one or fused.
+        target: folder to make; it appears under its name only when complete.
+        on_tensor: called after every stored tensor.
+
+    Raises:
+        ValueError: a missing, unknown or misshapen tensor, named, before anything is written.
+    """
+    config = load_hf_config(source)
+    stored = stored_tensors(config)
+    folder = HfFolder(source)
+    left_out = folder.check(config)
+    dtypes = {tensor.key: folder.dtype(tensor.rules[0].hf[0].name) for tensor in stored}
+    announced: dict[str, Any] = {
+        tensor.key: torch.empty(tensor.shape, dtype=dtypes[tensor.key], device="meta") for tensor in stored
+    }
+    with complete_or_absent(target) as unfinished:
+        save(
+            announced | _extra_states(stored),
+            # With no copying ahead, a tensor is made only when its turn to be written comes.
+            storage_writer=FileSystemWriter(unfinished, thread_count=1, per_thread_copy_ahead=0),
+            planner=_MakeWhenWritten(stored, folder, on_tensor),
+            no_dist=True,
+        )
+        torch.save({}, unfinished / "common.pt")
+        (unfinished / "metadata.json").write_text(json.dumps(_MEGATRON_FORMAT))
+        shutil.copy(source / "config.json", unfinished / "config.json")
+    size = sum(tensor.nbytes for tensor in announced.values())
+    return ConversionReport(source, target, len(stored), size, left_out)
+
+
+class _MakeWhenWritten(DefaultSavePlanner):
+    """Joins a stored tensor from its Hugging Face parts when the writer asks for its data."""
+
+    def __init__(
+        self, stored: Sequence[StoredTensor], folder: HfFolder, on_tensor: Callable[[], None]
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._stored = {tensor.key: tensor for tensor in stored}
+        self._folder = folder
+        self._on_tensor = on_tensor
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        made: Tensor = self._stored[write_item.index.fqn].join(self._folder.weights).contiguous()
+        self._on_tensor()
+        return made
+
+
+def _extra_states(stored: Sequence[StoredTensor]) -> dict[str, list[None]]:
+    """The empty state that Megatron's linear layers look for beside their weight.
+
+    Megatron saves one object for each linear layer, and for each expert's; its key ends in the
+    object's place in the grid of all of them, and the file holds a list, one item per rank's share.
+    """
+    states: dict[str, list[None]] = {}
+    for tensor in stored:
+        layer, _, kind = tensor.key.rpartition(".")
+        if kind != "weight" or ".linear_" not in tensor.key:
+            continue
+        count = len(tensor.rules)
+        for number in range(count):
+            states[f"{layer}._extra_state/shard_{number}_{count}"] = [None]
+    return states
