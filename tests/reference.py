@@ -27,7 +27,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "head_dim": 32,
     "attention_bias": True,
-    "moe_intermediate_size": 48,
+    "moe_intermediate_size": 64,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_shared_experts": 2,

@@ -8,6 +8,7 @@ from megatron_klong.config.load import (
     validate_config,
 )
 from megatron_klong.config.parallel import ParallelConfig
+from megatron_klong.config.server import ServerConfig, TransferBackend
 from megatron_klong.config.sft import (
     DataConfig,
     ModelConfig,
@@ -25,9 +26,11 @@ __all__ = [
     "ParallelConfig",
     "PrefixRule",
     "RunConfig",
+    "ServerConfig",
     "SftConfig",
     "StrictModel",
     "TrainingConfig",
+    "TransferBackend",
     "UntrainablePolicy",
     "WindowConfig",
     "config_keys",

@@ -48,8 +48,7 @@ class StoredTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in the checkpoint."""
-        rule = self.rules[0]
-        one = tuple(rule.join.join([torch.empty(part.shape, device="meta") for part in rule.hf]).shape)
+        one = self.rules[0].shape
         return (len(self.rules), *one) if self.stacked else one
 
     def hf_tensors(self, layout: ExpertLayout) -> tuple[HfTensor, ...]:

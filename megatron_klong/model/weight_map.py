@@ -69,17 +69,21 @@ class GroupedQKV:
 
 
 class Shard(Protocol):
-    """Which part of the full Megatron tensor a tensor-parallel rank holds."""
+    """Which part of the full Megatron tensor a tensor-parallel rank holds.
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
+    Given as views of the full tensor, which the rank holds one after the other along the rows: so
+    the same rule takes a shard out and puts it back.
+    """
+
+    def views(self, full: Tensor, rank: int, size: int) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
 class Replicated:
     """Every rank holds the whole tensor."""
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return full
+    def views(self, full: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        return (full,)
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,29 @@ class Along:
 
     dim: int
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return full.chunk(size, dim=self.dim)[rank]
+    def views(self, full: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        return (full.chunk(size, dim=self.dim)[rank],)
 
 
 @dataclass(frozen=True)
 class GatedRows:
     """Equal slices of gate and of up, joined again: each rank can apply SwiGLU on its own."""
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return torch.cat([half.chunk(size, dim=0)[rank] for half in full.chunk(2, dim=0)], dim=0)
+    def views(self, full: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        return tuple(half.chunk(size, dim=0)[rank] for half in full.chunk(2, dim=0))
+
+
+def take_shard(shard: Shard, full: Tensor, rank: int, size: int) -> Tensor:
+    """What rank ``rank`` of ``size`` holds of a full tensor."""
+    views = shard.views(full, rank, size)
+    return views[0] if len(views) == 1 else torch.cat(views, dim=0)
+
+
+def put_shard(shard: Shard, full: Tensor, part: Tensor, rank: int, size: int) -> None:
+    """Write what rank ``rank`` of ``size`` holds into its place in the full tensor."""
+    views = shard.views(full, rank, size)
+    for view, rows in zip(views, part.split([view.shape[0] for view in views]), strict=True):
+        view.copy_(rows)
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,11 @@ class Rule:
     hf: tuple[HfTensor, ...]
     join: Join = Same()
     shard: Shard = Replicated()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the full Megatron tensor."""
+        return tuple(self.join.join([torch.empty(part.shape, device="meta") for part in self.hf]).shape)
 
 
 def weight_rules(config: Glm4MoeConfig) -> dict[str, Rule]:

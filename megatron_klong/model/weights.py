@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_klong.model.hf_config import Glm4MoeConfig
-from megatron_klong.model.weight_map import HfTensor, weight_rules
+from megatron_klong.model.weight_map import HfTensor, take_shard, weight_rules
 
 WeightSource = Callable[[HfTensor], Tensor]
 """Gives the full tensor for a name of the Hugging Face checkpoint."""
@@ -135,7 +135,7 @@ def load_weights(model: GPTModel, config: Glm4MoeConfig, source: WeightSource) -
     for name, tensor in rank_tensors(model).items():
         rule = rules[name]
         full = rule.join.join([source(part) for part in rule.hf])
-        tensor.copy_(rule.shard.shard(full, tp_group.rank(), tp_group.size()))
+        tensor.copy_(take_shard(rule.shard, full, tp_group.rank(), tp_group.size()))
 
 
 def parameter_count(config: Glm4MoeConfig) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
 from megatron_klong.platform.base import Platform
 
 __all__ = ["Platform", "activate", "quiet_imports"]
@@ -16,6 +14,8 @@ def activate() -> Platform:
 
     Must run before any Megatron model is built. CUDA where PyTorch can use it, else the CPU.
     """
+    import torch
+
     if torch.cuda.is_available():
         from megatron_klong.platform import cuda
 

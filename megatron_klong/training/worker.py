@@ -5,16 +5,13 @@ Started by ``klong sft`` on one node; reads the resolved config of the run direc
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from megatron_klong.config import SftConfig, load_config
-
-PR_SET_PDEATHSIG = 1
+from megatron_klong.platform.lifetime import die_with_parent
 
 
 def main(run_dir: Path) -> int:
@@ -38,14 +35,6 @@ def train(config: SftConfig) -> None:
 
     with distributed(config.parallel, config.run.seed) as platform:
         run_sft(config, platform)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process when the one that started it is gone, however it died."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before we asked
-            sys.exit(1)
 
 
 if __name__ == "__main__":

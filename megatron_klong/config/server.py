@@ -1,0 +1,56 @@
+"""Settings of a vLLM server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_klong.config.base import StrictModel
+
+TransferBackend = Literal["shm", "nccl", "ipc"]
+
+
+class ServerConfig(StrictModel):
+    """One vLLM server process, which generates token ids and takes new weights while it runs."""
+
+    model: Path
+    """Hugging Face folder: the config, and the weights it starts with."""
+
+    host: str = "127.0.0.1"
+    """Address to bind to. The server has routes that change its weights and asks nobody for a
+    password: bind it to a network only where every machine on it is trusted."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port to bind to; 0 takes a free one."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of its weights and activations."""
+
+    max_model_len: int = Field(gt=0)
+    """Longest context, prompt and answer together."""
+
+    max_num_seqs: int = Field(default=64, gt=0)
+    """Requests generated at the same time."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that share the model."""
+
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """Memory for keys and values on a CPU machine, GiB."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that the server may take."""
+
+    block_size: int = Field(default=32, gt=0)
+    """Tokens of a cache block; vLLM's CPU attention wants a multiple of 32."""
+
+    transfer: TransferBackend = "shm"
+    """How new weights arrive: `shm` (shared memory of one machine), `nccl`, or `ipc` (one GPU)."""
+
+    start_seconds: float = Field(default=600.0, gt=0)
+    """How long loading may take."""
+
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for vLLM's `serve`."""

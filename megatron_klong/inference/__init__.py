@@ -1,0 +1,1 @@
+"""vLLM as a process beside the trainer: started, spoken to in tokens, and given new weights."""
