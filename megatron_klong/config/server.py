@@ -37,6 +37,9 @@ class ServerConfig(StrictModel):
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs that share the model."""
 
+    devices: str | None = None
+    """GPUs it may see, as in CUDA_VISIBLE_DEVICES, such as `0,1`. Default: all."""
+
     kv_cache_gib: int = Field(default=1, ge=1)
     """Memory for keys and values on a CPU machine, GiB."""
 

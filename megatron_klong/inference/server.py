@@ -187,6 +187,8 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
+        if self.config.devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.config.devices
         if not on_gpu:
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.config.kv_cache_gib)
             environment["TORCHDYNAMO_DISABLE"] = "1"
