@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 
 from megatron_klong.config import SftConfig, WindowConfig, load_config, validate_config
+from megatron_klong.inference.wire import ServerError
 
 if TYPE_CHECKING:
     from megatron_klong.convert.folders import ConversionReport
@@ -468,7 +469,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

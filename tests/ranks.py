@@ -6,6 +6,7 @@ every call, over as many of the ranks as the call's world size.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+import psutil
 
 from megatron_klong.config import ParallelConfig
 
@@ -57,8 +60,13 @@ class RankPool:
         """End all ranks."""
         for process, pipe in self._ranks:
             pipe.close()
+            # Megatron's checkpoint writers are children of the rank, and would stay.
+            started = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.join()
+            for child in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         self._ranks, self._calls = [], 0
 
     def _start(self) -> None:

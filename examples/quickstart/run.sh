@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# First light: long trajectories, split, trained on by Megatron-Core on 4 ranks (TP2 PP2 EP2).
+# Long trajectories, split, trained on by Megatron-Core on 4 ranks (TP2 PP2 EP2), served by vLLM.
 # Usage: examples/quickstart/run.sh      BIN is the folder of the `klong` command.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,3 +25,11 @@ echo "== 4. Split into windows of 256 tokens: the paper stays, history drops, ov
 
 echo "== 5. Train a GLM-4.5-shaped mixture of experts with Megatron-Core on 4 ranks"
 "$klong" sft examples/quickstart/sft.yaml "$@"
+
+echo "== 6. Export the trained weights as a Hugging Face folder"
+rm -rf $work/exported
+"$klong" convert export $work/sft $work/exported --tokenizer $work/domain/tokenizer
+
+echo "== 7. Serve them by vLLM: Megatron, transformers and vLLM must agree; then Megatron trains on, and"
+echo "      its weights go into the running server"
+"$klong" sync-check $work/exported --tensor 2 --pipeline 2 --expert 2 --out $work/sync-check

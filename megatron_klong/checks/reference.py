@@ -27,8 +27,10 @@ def reference_log_probs(
     """Transformers' log-probs of every token but the first; None where it is not installed."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         return None
+    disable_progress_bar()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, attn_implementation="eager")
     results = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +44,7 @@ class SyncReport:
     Attributes:
         version: the weights that are now served.
         tensors, bytes: what was sent to each server.
-        seconds: by phase: ``pause``, ``send``, ``reset``, ``probe``.
+        seconds: by phase: ``pause``, ``send``, and on the sender ``reset``, ``probe``.
         difference: largest difference of a log-prob between trainer and any server.
     """
 
@@ -85,35 +85,25 @@ class WeightSync:
         """
         assert version not in (FRESH, "") and not version.startswith("unsynced")
         clock = _Clock()
-        failure = ""
         try:
             with clock.phase("pause"):
                 self._on_sender(lambda fleet: self._shut(fleet, version))
                 self._connect_if_needed()
             with clock.phase("send"):
                 self._send()
+            difference = self._on_sender(lambda fleet: self._serve(fleet, version, probes, clock))
         except _Failed as failed:
-            failure = str(failed)
+            self._disconnect()
+            raise SyncError(
+                f"weights {version!r} did not reach the servers, which stay paused: {failed}"
+            ) from None
         meta = self.source.metadata()
-        report = SyncReport(
-            version=version,
-            tensors=len(meta),
-            bytes=sum(torch.Size(each.shape).numel() * each.dtype.itemsize for each in meta),
-            seconds=clock.seconds,
-            difference=0.0,
-        )
-        if not failure:
-            try:
-                difference = self._on_sender(lambda fleet: self._serve(fleet, version, probes, clock))
-                return SyncReport(**{**vars(report), "difference": difference})
-            except _Failed as failed:
-                failure = str(failed)
-        self._engine = None  # joined anew next time
-        raise SyncError(f"weights {version!r} did not reach the servers, which stay paused: {failure}")
+        sizes = [torch.Size(each.shape).numel() * each.dtype.itemsize for each in meta]
+        return SyncReport(version, len(meta), sum(sizes), clock.seconds, difference)
 
     def _shut(self, fleet: Fleet, version: str) -> None:
         if FRESH in fleet.versions():
-            self._engine = None  # a server was started since: it has to join anew
+            self._disconnect()  # a server was started since: it has to join anew
         fleet.pause()
         fleet.set_version(f"unsynced {version}")
 
@@ -122,8 +112,13 @@ class WeightSync:
         needed = [self._engine is None]
         torch.distributed.broadcast_object_list(needed, SENDER)
         if needed[0]:
-            self._engine = None
+            self._disconnect()
             self._together(self._connect)
+
+    def _disconnect(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._engine = None
 
     def _connect(self) -> None:
         client = self.fleet if self.fleet is not None else _Nobody()
@@ -155,7 +150,8 @@ class WeightSync:
                 difference = self._probe(fleet, f"unsynced {version}", probes)
                 fleet.set_version(version)
             except Exception:
-                fleet.pause()
+                with suppress(ServerError):  # the first failure is the one to tell
+                    fleet.pause()
                 raise
         return difference
 
