@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from megatron_klong.inference.agreement import differences
 from megatron_klong.platform import Platform, quiet_imports
 from megatron_klong.platform.lifetime import die_with_parent
 
@@ -79,7 +80,7 @@ def _parity(precision: Precision, folder: Path) -> str:
         return platform.name, score_tokens(model.trainer, prompts)
 
     name, given = _alone(ours, folder)
-    worst = max(abs(a - b) for mine, known in zip(given, theirs) for a, b in zip(mine, known, strict=True))
+    worst = max(max(differences(mine, known)) for mine, known in zip(given, theirs, strict=True))
     if not worst <= TOLERANCE[precision]:
         raise AssertionError(f"log-probs differ by {worst:.3g} (tolerance {TOLERANCE[precision]:g})")
     return f"largest difference {worst:.1e} (tolerance {TOLERANCE[precision]:g}) on {name}"

@@ -17,7 +17,8 @@ from megatron_klong.model.layout import check_layout
 from megatron_klong.training.local_ranks import run_ranks
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.15}
-"""Largest difference of a log-prob that passes; bf16 is what rounding did to a tiny model of 4 layers."""
+"""Largest difference that passes, as `inference.agreement` counts; of bf16, what rounding did to a tiny
+model of 4 layers."""
 
 
 class SyncCheck(StrictModel):
@@ -49,7 +50,10 @@ class SyncCheck(StrictModel):
 
 
 class PromptParity(StrictModel):
-    """Largest differences of log-probs of one prompt; None where an implementation was not run."""
+    """Largest differences of log-probs of one prompt, as `inference.agreement` counts them.
+
+    None where an implementation was not run.
+    """
 
     tokens: int
     megatron_transformers: float | None

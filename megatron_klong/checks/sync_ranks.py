@@ -8,6 +8,7 @@ import torch
 
 from megatron_klong.checks.sync import TOLERANCE, PromptParity, SyncCheckResult, SyncJob, SyncOutcome
 from megatron_klong.checks.trainer import RandomTokens
+from megatron_klong.inference.agreement import differences
 from megatron_klong.inference.fleet import Fleet
 from megatron_klong.inference.sync import Probe, WeightSync
 from megatron_klong.inference.transfers import trainer_init_info
@@ -45,7 +46,7 @@ def check_on_rank(job: SyncJob, platform: Platform) -> None:
         report = sync.run(f"step-{number}", [Probe(ids, given) for ids, given in zip(prompts, now)])
         outcomes.append(SyncOutcome(**vars(report)))
     if fleet is not None:
-        moved = max(_difference(a, b) for a, b in zip(before, now))
+        moved = max(max(differences(a, b)) for a, b in zip(before, now))
         result = SyncCheckResult(check=check, tolerance=tolerance, parity=parity, syncs=outcomes, moved=moved)
         job.result.write_text(result.model_dump_json(indent=1))
 
@@ -58,9 +59,9 @@ def _parity(
     return [
         PromptParity(
             tokens=len(ids),
-            megatron_transformers=None if theirs is None else _difference(ours, theirs),
-            megatron_vllm=_difference(ours, answer),
-            vllm_transformers=None if theirs is None else _difference(answer, theirs),
+            megatron_transformers=None if theirs is None else max(differences(ours, theirs)),
+            megatron_vllm=max(differences(ours, answer)),
+            vllm_transformers=None if theirs is None else max(differences(answer, theirs)),
         )
         for ids, ours, answer, theirs in zip(prompts, megatron, served, reference)
     ]
@@ -79,7 +80,3 @@ def _require_agreement(parity: Sequence[PromptParity], tolerance: float) -> None
     torch.distributed.broadcast_object_list(shared, SENDER)
     if shared[0]:
         raise DisagreementError(shared[0][0])
-
-
-def _difference(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))

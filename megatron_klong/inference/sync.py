@@ -15,6 +15,7 @@ import torch
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+from megatron_klong.inference.agreement import differences
 from megatron_klong.inference.fleet import FRESH, Fleet
 from megatron_klong.inference.weight_source import SENDER, MegatronWeightSource
 from megatron_klong.inference.wire import ServerError
@@ -45,7 +46,7 @@ class SyncReport:
         version: the weights that are now served.
         tensors, bytes: what was sent to each server.
         seconds: by phase: ``pause``, ``send``, and on the sender ``reset``, ``probe``.
-        difference: largest difference of a log-prob between trainer and any server.
+        difference: largest one of a log-prob between trainer and any server, counted likewise.
     """
 
     version: str
@@ -64,7 +65,8 @@ class WeightSync:
         init_info: which way they go; vLLM's ``NCCLTrainerInitInfo`` or ``IPCTrainerInitInfo``, or
             our ``SharedMemoryTrainerInitInfo``.
         fleet: the servers, on the sender; None on other ranks.
-        tolerance: how far a log-prob may be off in the probe (design: 1e-4 in fp32).
+        tolerance: how far a log-prob may be off in the probe (design: 1e-4 in fp32), as
+            :func:`~megatron_klong.inference.agreement.differences` counts.
     """
 
     source: MegatronWeightSource
@@ -172,17 +174,16 @@ class WeightSync:
 
     def _compare(self, url: str, probe: Probe, theirs: Sequence[float], start: int) -> float:
         ours = probe.log_probs[start : start + len(theirs)]
-        assert len(ours) == len(theirs)
-        differences = [abs(a - b) for a, b in zip(ours, theirs)]
+        apart = differences(ours, theirs)
         # A NaN on either side compares false: it must not pass.
-        if not all(difference <= self.tolerance for difference in differences):
-            place = next(n for n, difference in enumerate(differences) if not difference <= self.tolerance)
+        if not all(difference <= self.tolerance for difference in apart):
+            place = next(n for n, difference in enumerate(apart) if not difference <= self.tolerance)
             raise ServerError(
                 f"{url}: token {start + place + 1} of a probe of {len(probe.token_ids)} has log-prob "
                 f"{theirs[place]:.6f} there and {ours[place]:.6f} in the trainer, more than the "
                 f"tolerance {self.tolerance:g} apart"
             )
-        return max(differences)
+        return max(apart)
 
     def _on_sender(self, work: Callable[[Fleet], float | None]) -> float:
         """Run on the sender alone; its result or its failure goes to every rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -173,4 +174,8 @@ class MegatronWeightSource(WeightSource):
 def element_sum(tensor: Tensor) -> int:
     """Sum of a tensor's elements, their bits read as signed integers; the same in any order."""
     kind = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(kind).sum(dtype=torch.int64))
+    bits = tensor.detach().contiguous().view(kind)
+    if bits.is_cuda:
+        return int(bits.sum(dtype=torch.int64))
+    # torch widens integers on CPU at a tenth of numpy's speed
+    return int(bits.numpy().sum(dtype=np.int64))
