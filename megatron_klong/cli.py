@@ -277,7 +277,7 @@ def import_weights(
 ) -> None:
     """Write Hugging Face weights as a Megatron checkpoint that is read at any TP, PP and EP.
 
-    Example: klong convert import GLM-4.5-Air glm-4.5-air-megatron
+    Example: klong convert import exported glm-megatron
     """
     _quiet()
     from megatron_klong.convert.importing import import_checkpoint
@@ -318,6 +318,9 @@ def sync_check(
     syncs: Annotated[int, typer.Option(help="Optimizer steps, each followed by a sync.")] = 3,
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of Megatron and vLLM.")] = "fp32",
     transfer: Annotated[str, typer.Option(help="How weights travel: shm, nccl or ipc.")] = "shm",
+    server_devices: Annotated[
+        str | None, typer.Option(help="GPUs of the server, as in CUDA_VISIBLE_DEVICES; nccl needs others.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder that keeps logs and result.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -332,7 +335,7 @@ def sync_check(
 
     values = {
         "model": hf_dir, "parallel": {"tensor": tensor, "pipeline": pipeline, "expert": expert},
-        "syncs": syncs, "precision": precision, "transfer": transfer,
+        "syncs": syncs, "precision": precision, "transfer": transfer, "server_devices": server_devices,
     }  # fmt: skip
     check = validate_config(SyncCheck, values, "of the sync check")
     with _counter("waiting for the server and the ranks,", "looks") as tick:
@@ -353,9 +356,12 @@ def sync_check(
             f"sync {sync.version}: {sync.tensors} tensors, {sync.bytes / 1e6:,.1f} MB in {seconds:.2f} s "
             f"(sending {sync.seconds['send']:.2f} s); largest difference {sync.difference:.1e}"
         )
+    if not result.syncs:
+        return
+    shown = "would have shown" if result.moved > result.tolerance else "could have passed"
     print(
-        f"all within {result.tolerance:g}; the steps moved log-probs by up to {result.moved:.2g}, so a "
-        "sync that did nothing would have shown"
+        f"all within {result.tolerance:g}; every step moved log-probs by {result.moved:.2g} or more, so a "
+        f"sync that did nothing {shown}"
     )
 
 

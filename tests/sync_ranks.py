@@ -35,9 +35,10 @@ VICTIM = "model.layers.2.mlp.experts.5.up_proj.weight"
 
 
 def prompts() -> list[tuple[int, ...]]:
-    """Random tokens; all but the shortest fill a block of the prefix cache."""
+    """Random tokens; the longest fill a block of the prefix cache, and share it, as real prompts do."""
     random = np.random.default_rng(0)
-    return [tuple(int(t) for t in random.integers(0, 96, length)) for length in PROMPT_LENGTHS]
+    made = [tuple(int(t) for t in random.integers(0, 96, length)) for length in PROMPT_LENGTHS]
+    return [*made[:3], made[2][:40] + made[3][40:]]
 
 
 class FaultySource(MegatronWeightSource):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_klong.checks import gpu
 from megatron_klong.checks.gpu import Machine, Row, gpu_check, why_not
 from megatron_klong.checks.tiny import write_tiny_model
+from megatron_klong.inference.agreement import differences, largest
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -98,7 +100,13 @@ def test_a_wrong_weight_fails_the_parity_row(tmp_path: Path, monkeypatch: pytest
 
     real = reference.reference_log_probs
     monkeypatch.setattr(reference, "reference_log_probs", other_weights)
-    monkeypatch.setattr(gpu_row, "_alone", lambda _check, folder: ("here", real(folder, "fp32", prompts)))
+    monkeypatch.setattr(gpu_row, "_alone", lambda *_: ("here", real(tmp_path / "model", "fp32", prompts)))
     prompts = reference.random_prompts(1024, gpu_row.PROMPT_TOKENS)
     with pytest.raises(AssertionError, match="log-probs differ by"):
         gpu_row._parity("fp32", tmp_path)
+
+
+def test_a_nan_is_never_the_smaller_difference() -> None:
+    assert math.isnan(largest(differences([-1.0, math.nan, -3.0], [-1.0, -2.0, -3.5])))
+    assert largest(differences([-0.5, -20.0], [-0.9, -21.0])) == pytest.approx(0.4)
+    assert differences([-20.0], [-21.0]) == [pytest.approx(1 / 21)]

@@ -162,6 +162,11 @@ def change(folder: Path, copy: Path, **edits: Tensor | None) -> Path:
         ("model.norm.weight", torch.ones(63), r"'model\.norm\.weight' has shape \(63,\), .* wants \(64,\)"),
         ("model.layers.0.q_norm.weight", torch.ones(4), r"'model\.layers\.0\.q_norm\.weight' is none of"),
         (BIAS, torch.ones(8, dtype=torch.int32), "has data type I32, not one of"),
+        (
+            "model.layers.2.mlp.experts.5.down_proj.weight",
+            torch.ones(64, 64),
+            r"experts\.5\.down_proj\.weight' is torch\.float32, but .*experts\.0\.down.* is torch\.bfloat16",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_are_refused_by_name(

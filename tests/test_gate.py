@@ -124,3 +124,19 @@ def test_a_caller_who_gives_up_while_the_gate_is_closing_is_not_sent_again() -> 
             await asyncio.wait_for(asked, 1)
 
     asyncio.run(run())
+
+
+def test_nobody_slips_through_a_gate_that_was_open_for_a_moment() -> None:
+    async def run() -> None:
+        gate, requests = Gate(), Requests()
+        asked = asyncio.create_task(gate.run(requests.request(1)))
+        await settle()
+        gate.open("w1")
+        await gate.close(abort=False)  # before the waiting one has woken
+        await settle()
+        assert requests.begun == []
+        gate.open("w2")
+        requests.end.set()
+        assert await asked == "1 by w2"
+
+    asyncio.run(run())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -145,6 +146,7 @@ def _run(row: Row, folder: Path) -> tuple[Literal["passed", "failed"], str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_klong.checks.gpu_row", row.name, str(place)],
             stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env={**os.environ, "KLONG_LAUNCHER": str(os.getpid())},
         )  # fmt: skip
         try:
             said, _ = process.communicate(timeout=ROW_SECONDS)
@@ -167,4 +169,7 @@ def _gpus() -> list[str]:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return asked.stdout.split("\n")[:-1] if asked.returncode == 0 else []
+    if asked.returncode:
+        return []
+    names, visible = asked.stdout.splitlines(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len([each for each in visible.split(",") if each])]

@@ -79,8 +79,8 @@ class SyncCheckResult(StrictModel):
         tolerance: for every log-prob.
         parity: by prompt, before the first step.
         syncs: in order.
-        moved: how far the steps moved the probes' log-probs, at most. A sync that did nothing would
-            show this difference.
+        moved: how far a step moved the probes' log-probs, at least. A sync that did nothing would show
+            this difference; where it is within the tolerance, such a sync could pass.
     """
 
     check: SyncCheck

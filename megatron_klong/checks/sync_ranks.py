@@ -8,7 +8,7 @@ import torch
 
 from megatron_klong.checks.sync import TOLERANCE, PromptParity, SyncCheckResult, SyncJob, SyncOutcome
 from megatron_klong.checks.trainer import RandomTokens
-from megatron_klong.inference.agreement import differences
+from megatron_klong.inference.agreement import differences, largest
 from megatron_klong.inference.fleet import Fleet
 from megatron_klong.inference.sync import Probe, WeightSync
 from megatron_klong.inference.transfers import trainer_init_info
@@ -37,17 +37,19 @@ def check_on_rank(job: SyncJob, platform: Platform) -> None:
     _require_agreement(parity, tolerance)
 
     source = MegatronWeightSource(model.trainer.model.module, model.hf, everywhere=check.transfer == "ipc")
-    init_info = trainer_init_info(check.transfer, rank, fleet, check.chunk_bytes)
+    init_info = trainer_init_info(check.transfer, rank, fleet, source, check.chunk_bytes)
     sync = WeightSync(source, init_info, fleet, tolerance)
-    outcomes, now = [], before
+    outcomes, moves, now = [], [], before
     for number in range(1, check.syncs + 1):
         model.step()
-        now = score_tokens(model.trainer, prompts)
+        earlier, now = now, score_tokens(model.trainer, prompts)
+        moves.append(max(largest(differences(a, b)) for a, b in zip(earlier, now)))
         report = sync.run(f"step-{number}", [Probe(ids, given) for ids, given in zip(prompts, now)])
         outcomes.append(SyncOutcome(**vars(report)))
     if fleet is not None:
-        moved = max(max(differences(a, b)) for a, b in zip(before, now))
-        result = SyncCheckResult(check=check, tolerance=tolerance, parity=parity, syncs=outcomes, moved=moved)
+        result = SyncCheckResult(
+            check=check, tolerance=tolerance, parity=parity, syncs=outcomes, moved=min(moves, default=0.0)
+        )
         job.result.write_text(result.model_dump_json(indent=1))
 
 
@@ -59,9 +61,9 @@ def _parity(
     return [
         PromptParity(
             tokens=len(ids),
-            megatron_transformers=None if theirs is None else max(differences(ours, theirs)),
-            megatron_vllm=max(differences(ours, answer)),
-            vllm_transformers=None if theirs is None else max(differences(answer, theirs)),
+            megatron_transformers=None if theirs is None else largest(differences(ours, theirs)),
+            megatron_vllm=largest(differences(ours, answer)),
+            vllm_transformers=None if theirs is None else largest(differences(answer, theirs)),
         )
         for ids, ours, answer, theirs in zip(prompts, megatron, served, reference)
     ]

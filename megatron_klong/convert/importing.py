@@ -1,4 +1,7 @@
-"""Hugging Face folder -> Megatron distributed checkpoint, at most one stored tensor in memory."""
+"""Hugging Face folder -> Megatron distributed checkpoint, tensor by tensor.
+
+In memory at a time: one stored tensor (of experts, those of a layer) and the parts it is joined from.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def import_checkpoint(
     stored = stored_tensors(config)
     folder = HfFolder(source)
     left_out = folder.check(config)
-    dtypes = {tensor.key: folder.dtype(tensor.rules[0].hf[0].name) for tensor in stored}
+    dtypes = {tensor.key: _common_dtype(folder, tensor) for tensor in stored}
     announced: dict[str, Any] = {
         tensor.key: torch.empty(tensor.shape, dtype=dtypes[tensor.key], device="meta") for tensor in stored
     }
@@ -63,6 +66,19 @@ def import_checkpoint(
         shutil.copy(source / "config.json", unfinished / "config.json")
     size = sum(tensor.nbytes for tensor in announced.values())
     return ConversionReport(source, target, len(stored), size, left_out)
+
+
+def _common_dtype(folder: HfFolder, tensor: StoredTensor) -> torch.dtype:
+    """The data type of all parts; joining different ones would change bits."""
+    parts = [part.name for rule in tensor.rules for part in rule.hf]
+    first = folder.dtype(parts[0])
+    for name in parts:
+        if folder.dtype(name) != first:
+            raise ValueError(
+                f"{folder.path}: tensor {name!r} is {folder.dtype(name)}, but {parts[0]!r}, which Megatron "
+                f"holds in one tensor with it, is {first}"
+            )
+    return first
 
 
 class _MakeWhenWritten(DefaultSavePlanner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -12,3 +13,8 @@ def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     at -1 they are off by 1e-5.
     """
     return [abs(a - b) / max(1.0, abs(a), abs(b)) for a, b in zip(ours, theirs, strict=True)]
+
+
+def largest(apart: Sequence[float]) -> float:
+    """The largest difference; NaN where any is NaN, which Python's ``max`` would pass over."""
+    return math.nan if any(math.isnan(each) for each in apart) else max(apart)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import httpx
@@ -147,6 +147,7 @@ class Fleet:
 
     def _all(self, call: Callable[[str], Result]) -> list[Result]:
         futures = [self._threads.submit(call, url) for url in self.urls]
+        wait(futures)  # also where one has failed: none may still be at work when we return
         return [future.result() for future in futures]
 
     def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Gate:
             request: called with the version that is being served.
         """
         while True:
-            await self._open.wait()
+            while not self._open.is_set():  # it may have been closed again before we woke
+                await self._open.wait()
             task = asyncio.ensure_future(request(self._version))
             self._under_way.add(task)
             try:

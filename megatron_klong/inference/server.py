@@ -79,6 +79,7 @@ class VllmServer:
         assert threading.current_thread() is threading.main_thread(), "start from the main thread"
         on_gpu = _machine_has_gpu()
         _check(self.config, on_gpu)
+        _require_free(self.config.host, self._port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._log_start = log.tell()
@@ -110,6 +111,7 @@ class VllmServer:
                 )
             on_wait()
             time.sleep(_POLL_SECONDS)
+        self.check()
         self._was_ready = True
 
     def healthy(self) -> bool:
@@ -224,6 +226,11 @@ def _check(config: ServerConfig, on_gpu: bool) -> None:
     file = config.model / "config.json"
     if not file.is_file():
         raise ValueError(f"server.model={config.model}: no config.json there")
+    if config.transfer == "shm" and config.tensor_parallel > 1:
+        raise ValueError(
+            f"server.tensor_parallel={config.tensor_parallel} with server.transfer=shm: vLLM loses count of "
+            "its workers' answers when several refuse an update; use nccl, or tensor_parallel 1"
+        )
     if not on_gpu:
         if config.transfer != "shm":
             raise ValueError(f"server.transfer={config.transfer} needs a GPU; use shm on this machine")
@@ -235,6 +242,16 @@ def _check(config: ServerConfig, on_gpu: bool) -> None:
 
 def _machine_has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Another server there would answer in ours' place."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"server.port={port}: {host}:{port} is taken: {error.strerror}") from error
 
 
 def _free_port(host: str) -> int:

@@ -193,12 +193,13 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
             raise ValueError("shm: a WeightSource is needed")
         engine = cls(client=client, source=source, info=init_info)
         if engine.is_sender:
-            engine._segments = [Segment.create(engine._size) for _ in range(2)]
             try:
+                for _ in range(2):
+                    engine._segments.append(Segment.create(engine._size))
                 client.init_weight_transfer_engine({"segments": [str(s.path) for s in engine._segments]})
             finally:
                 for segment in engine._segments:
-                    segment.unlink()  # mapped by now: nothing is left behind, whoever dies
+                    segment.unlink()  # the server has mapped it: the memory goes with the processes
         return engine
 
     def send_weights(self) -> None:

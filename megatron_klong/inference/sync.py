@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
@@ -74,6 +75,7 @@ class WeightSync:
     fleet: Fleet | None
     tolerance: float
     _engine: TrainerWeightTransferEngine[TrainerInitInfo] | None = field(default=None, init=False)
+    _spoilt: bool = field(default=False, init=False)
 
     def run(self, version: str, probes: Sequence[Probe]) -> SyncReport:
         """One sync; collective. Whatever goes wrong, all ranks hear of it and go on together.
@@ -96,6 +98,7 @@ class WeightSync:
             difference = self._on_sender(lambda fleet: self._serve(fleet, version, probes, clock))
         except _Failed as failed:
             self._disconnect()
+            self._spoilt = self.init_info.backend != "shm"
             raise SyncError(
                 f"weights {version!r} did not reach the servers, which stay paused: {failed}"
             ) from None
@@ -104,10 +107,17 @@ class WeightSync:
         return SyncReport(version, len(meta), sum(sizes), clock.seconds, difference)
 
     def _shut(self, fleet: Fleet, version: str) -> None:
-        if FRESH in fleet.versions():
-            self._disconnect()  # a server was started since: it has to join anew
         fleet.pause()
+        found = fleet.versions()
         fleet.set_version(f"unsynced {version}")
+        if self._spoilt and any(each != FRESH for each in found):
+            raise ServerError(
+                f"a sync by {self.init_info.backend} has failed before, and vLLM cannot give such an "
+                "update up: restart the servers"
+            )
+        if FRESH in found:
+            self._disconnect()  # a server was started since: it has to join anew
+            self._spoilt = False
 
     def _connect_if_needed(self) -> None:
         """Build the transfer engine on all ranks, when the sender says so."""
@@ -140,7 +150,10 @@ class WeightSync:
                 self.source.drain()
                 raise
 
-        self.source.prepare()
+        try:
+            self.source.prepare()
+        except RuntimeError as error:
+            raise _Failed(str(error)) from error
         self._together(send)
 
     def _serve(self, fleet: Fleet, version: str, probes: Sequence[Probe], clock: _Clock) -> float:
@@ -154,26 +167,32 @@ class WeightSync:
             except Exception:
                 with suppress(ServerError):  # the first failure is the one to tell
                     fleet.pause()
+                with suppress(ServerError):
+                    fleet.set_version(f"unsynced {version}")
                 raise
         return difference
 
     def _probe(self, fleet: Fleet, tag: str, probes: Sequence[Probe]) -> float:
         """Ask every server for what the trainer knows: past the prefix cache, and through it."""
-        largest = 0.0
-        for probe in probes:
+        if not probes:
+            raise ServerError("no probes were given; unproven weights are not served")
+        worst = 0.0
+        for number, probe in enumerate(probes):
+            # What probes before this one have put there anew is not stale.
+            known = max((_common(probe, other) for other in probes[:number]), default=0)
             prompt, last = probe.token_ids[:-1], probe.token_ids[-1]
             for url, (log_prob, cached, spans) in zip(fleet.urls, fleet.next_token(prompt, last)):
-                if cached:
+                if cached > known:
                     raise ServerError(f"{url}: {cached} tokens of a probe came from a cache just cleared")
                 if [span.version for span in spans] != [tag]:
                     raise ServerError(f"{url}: a probe was answered by {spans}, not by {tag!r}")
-                largest = max(largest, self._compare(url, probe, [log_prob], len(prompt) - 1))
+                worst = max(worst, self._compare(url, probe, len(prompt) - 1, [log_prob]))
             for url, log_probs in zip(fleet.urls, fleet.score(probe.token_ids)):
-                largest = max(largest, self._compare(url, probe, log_probs, 0))
-        return largest
+                worst = max(worst, self._compare(url, probe, 0, log_probs))
+        return worst
 
-    def _compare(self, url: str, probe: Probe, theirs: Sequence[float], start: int) -> float:
-        ours = probe.log_probs[start : start + len(theirs)]
+    def _compare(self, url: str, probe: Probe, start: int, theirs: Sequence[float]) -> float:
+        ours = probe.log_probs[start:]
         apart = differences(ours, theirs)
         # A NaN on either side compares false: it must not pass.
         if not all(difference <= self.tolerance for difference in apart):
@@ -210,6 +229,12 @@ class WeightSync:
         torch.distributed.all_gather_object(errors, error)
         if any(errors):
             raise _Failed(next(each for each in errors if each))
+
+
+def _common(probe: Probe, other: Probe) -> int:
+    """Tokens that two probes begin with alike."""
+    pairs = zip(probe.token_ids, other.token_ids)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class _Failed(Exception):  # noqa: N818 (it is carried, not reported)

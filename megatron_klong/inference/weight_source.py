@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,17 +65,28 @@ class MegatronWeightSource(WeightSource):
         """Before a pass, collective: note what the ranks hold, to compare what arrives with it.
 
         Compared is the sum of all elements, read as integers: no order of gathering, joining or
-        splitting changes it, and any value lost, doubled or altered does. A probe alone could miss
-        an expert that none of its tokens is sent to.
+        splitting changes it, and a value lost, doubled or altered does. (Values that changed places
+        do not show; the probe is for that.) A probe alone could miss an expert that none of its
+        tokens is sent to.
+
+        Raises:
+            RuntimeError: on all ranks, when one could not read its tensors.
         """
         rank = torch.distributed.get_rank()
-        mine = {
-            name: element_sum(tensor)
-            for name, tensor in self._own.items()
-            if rank in self._holdings[name].ranks
-        }
-        answers: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+        mine: dict[str, int] | str
+        try:
+            mine = {
+                name: element_sum(tensor)
+                for name, tensor in self._own.items()
+                if rank in self._holdings[name].ranks
+            }
+        except RuntimeError as error:
+            mine = f"rank {rank}: {error}"  # the others wait for an answer
+        answers: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(answers, mine)
+        for answer in answers:
+            if isinstance(answer, str):
+                raise RuntimeError(answer)
         self._sums = {
             rule.megatron: sum(
                 answers[holder][rule.megatron] for holder in self._holdings[rule.megatron].ranks
@@ -135,16 +147,19 @@ class MegatronWeightSource(WeightSource):
             assert own is not None
             return own
         full = self._empty(rule.shape, holding.dtype)
+        if ways == 1:
+            torch.distributed.recv(full, holding.ranks[0])
+            return full
+        # All memory is taken before the first share is, so that want of it fails between tensors.
+        shape = take_shard(rule.shard, torch.empty(rule.shape, device="meta"), 0, ways).shape
+        arrived = self._empty(tuple(shape), holding.dtype)
         for share, holder in enumerate(holding.ranks):
             if holder == SENDER:
                 assert own is not None
-                part = own
+                put_shard(rule.shard, full, own, share, ways)
             else:
-                shape = take_shard(rule.shard, torch.empty(rule.shape, device="meta"), share, ways).shape
-                part = full if ways == 1 else self._empty(tuple(shape), holding.dtype)
-                torch.distributed.recv(part, holder)
-            if part is not full:
-                put_shard(rule.shard, full, part, share, ways)
+                torch.distributed.recv(arrived, holder)
+                put_shard(rule.shard, full, arrived, share, ways)
         return full
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -176,6 +191,7 @@ def element_sum(tensor: Tensor) -> int:
     kind = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(kind)
     if bits.is_cuda:
-        return int(bits.sum(dtype=torch.int64))
+        # In pieces: torch makes a widened copy of what it sums.
+        return sum(int(piece.sum(dtype=torch.int64)) for piece in bits.flatten().split(1 << 24))
     # torch widens integers on CPU at a tenth of numpy's speed
     return int(bits.numpy().sum(dtype=np.int64))

@@ -67,7 +67,7 @@ class Generation:
 
     def require_version(self, version: str) -> None:
         """Refuse an answer of which any token comes from other weights (VersionError)."""
-        if any(span.version != version for span in self.versions):
+        if self.token_ids and {span.version for span in self.versions} != {version}:
             spans = ", ".join(f"{s.start}..{s.end} by {s.version!r}" for s in self.versions)
             raise VersionError(f"an answer was asked of weights {version!r}, its tokens are {spans}")
 
@@ -110,8 +110,8 @@ def score_request(token_ids: Sequence[int]) -> dict[str, Any]:
 
 def parse_score(body: dict[str, Any], token_ids: Sequence[int]) -> tuple[float, ...]:
     """Log-prob of every token but the first, given those before it."""
-    given = body["prompt_logprobs"][1:]
-    return tuple(float(token[str(token_id)]["logprob"]) for token, token_id in zip(given, token_ids[1:]))
+    given = zip(body["prompt_logprobs"][1:], token_ids[1:], strict=True)
+    return tuple(float(token[str(token_id)]["logprob"]) for token, token_id in given)
 
 
 def next_token_request(prompt_ids: Sequence[int], token_id: int) -> dict[str, Any]:
