@@ -87,7 +87,10 @@ def test_every_row_says_what_it_needs() -> None:
 
 
 def test_a_wrong_weight_fails_the_parity_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row would notice: transformers and Megatron are given different weights."""
+    """The row's comparison would notice: it is given log-probs of two models that differ in one tensor.
+
+    Both are by transformers here; Megatron's side runs for real in the table's test above.
+    """
     from megatron_klong.checks import gpu_row, reference
 
     def other_weights(folder: Path, precision: str, prompts: list[tuple[int, ...]]) -> object:

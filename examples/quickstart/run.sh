@@ -27,8 +27,12 @@ echo "== 5. Train a GLM-4.5-shaped mixture of experts with Megatron-Core on 4 ra
 "$klong" sft examples/quickstart/sft.yaml "$@"
 
 echo "== 6. Export the trained weights as a Hugging Face folder"
+run=$work/sft
+for setting in "$@"; do
+    if [[ $setting == run.dir=* ]]; then run=${setting#run.dir=}; fi
+done
 rm -rf $work/exported
-"$klong" convert export $work/sft $work/exported --tokenizer $work/domain/tokenizer
+"$klong" convert export "$run" $work/exported --tokenizer $work/domain/tokenizer
 
 echo "== 7. Serve them by vLLM: Megatron, transformers and vLLM must agree; then Megatron trains on, and"
 echo "      its weights go into the running server"

@@ -40,8 +40,9 @@ class MegatronWeightSource(WeightSource):
     Args:
         model: this rank's stage; its tensors are read anew in every pass.
         config: the model's shape.
-        everywhere: give every rank the full tensors (vLLM's ``ipc`` shares memory of each rank's own
-            GPU), not only the sender. Elsewhere the other ranks' tensors are empty.
+        everywhere: give every rank the full tensors, not only the sender, for an engine that sends
+            from each rank's own GPU as vLLM's ``ipc`` does (so far used with one rank only).
+            Otherwise the other ranks' tensors are empty.
     """
 
     def __init__(self, model: GPTModel, config: Glm4MoeConfig, *, everywhere: bool = False) -> None:
