@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from megatron_klong.config import SftConfig, WindowConfig, load_config, validate_config
+from megatron_klong.config import RlConfig, SftConfig, WindowConfig, load_config, validate_config
 from megatron_klong.inference.wire import ServerError
+from megatron_klong.platform.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from megatron_klong.convert.folders import ConversionReport
@@ -219,6 +221,11 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     tasks: Annotated[int, typer.Option(help="How many tasks.")] = 200,
     seed: Annotated[int, typer.Option(help="Draws the tasks.")] = 0,
+    min_experiments: Annotated[int, typer.Option(help="Fewest experiments of a task.")] = 30,
+    max_experiments: Annotated[int, typer.Option(help="Most experiments of a task.")] = 50,
+    hurried: Annotated[
+        float, typer.Option(help="Share of the trajectories whose expert hands in early.")
+    ] = 0.0,
     renderer: Renderer = "glm-4.5",
     as_json: AsJson = False,
 ) -> None:
@@ -232,7 +239,8 @@ def generate(
     with _counter("generating", "tasks") as tick:
         report = generate_domain(
             out, count=tasks, seed=seed, renderer=renderer,
-            inserted_texts=(MARKER_TEXT, NOTE_TEXT), on_task=tick,
+            inserted_texts=(MARKER_TEXT, NOTE_TEXT), experiments=(min_experiments, max_experiments),
+            hurried=hurried, on_task=tick,
         )  # fmt: skip
     if as_json:
         _print_json(report)
@@ -305,6 +313,53 @@ def sft(
     if nproc is not None:
         overrides = [*overrides, f"parallel.nproc={nproc}"]
     raise typer.Exit(start_sft(load_config(SftConfig, config, overrides), fresh=fresh))
+
+
+@app.command()
+def rl(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[trainer|server|orchestrator] CONFIG [KEY=VALUE]...",
+            help="YAML file, see examples/quickstart/rl.yaml; settings to override.",
+        ),
+    ],
+    number: Annotated[int, typer.Option(min=0, help="Which of the servers, from 0; with `server`.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in run.dir first.")] = False,
+) -> None:
+    """Reinforcement learning: rollouts by vLLM in sandboxes, graded, trained on by Megatron.
+
+    Starts trainer, servers and orchestrator here, and starts again those that die. With a role's name
+    before CONFIG it is that role alone, as on a cluster; they meet in run.dir. Started again, all go on
+    where they were.
+
+    Example: klong rl examples/quickstart/rl.yaml optimizer.lr=1e-3
+    """
+    if "KLONG_PARENT" in os.environ:
+        die_with_parent(int(os.environ.pop("KLONG_PARENT")))
+    role = arguments[0] if arguments[0] in ("trainer", "server", "orchestrator") else None
+    if role and len(arguments) == 1:
+        raise ValueError(f"klong rl {role}: name the CONFIG")
+    file, *overrides = arguments[1:] if role else arguments
+    config = load_config(RlConfig, Path(file), overrides)
+    if role and fresh:
+        raise ValueError(f"--fresh is for `klong rl CONFIG`; a {role} joins a run")
+    raise typer.Exit(_rl_role(role, config, number, fresh=fresh))
+
+
+def _rl_role(role: str | None, config: RlConfig, number: int, *, fresh: bool) -> int:
+    from megatron_klong.rl import roles
+    from megatron_klong.rl.display import terminal_display
+    from megatron_klong.rl.supervisor import supervise
+
+    if role == "trainer":
+        return roles.run_trainer(config)
+    if role == "server":
+        return roles.run_server(config, number)
+    with terminal_display() as display:
+        if role == "orchestrator":
+            return roles.run_orchestrator(config, display)
+        return supervise(config, fresh=fresh, say=display.say)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Glm4MoeConfig as ReferenceConfig
 from transformers import Glm4MoeForCausalLM
 
-from megatron_klong.config import ParallelConfig, SftConfig
+from megatron_klong.config import ParallelConfig, SftConfig, TrainerSettings
 from megatron_klong.data.rows import PackedRow, fill_row
 from megatron_klong.data.windows import TrainingSample
 from megatron_klong.model.hf_config import Glm4MoeConfig, parse_hf_config
@@ -78,6 +78,11 @@ def sft_config(parallel: ParallelConfig, folder: Path, rows: int = 4) -> SftConf
             "training": {"steps": 10, "global_batch_rows": rows},
         }
     )
+
+
+def settings(parallel: ParallelConfig, folder: Path) -> TrainerSettings:
+    """What the trainer of :func:`sft_config` is built from."""
+    return sft_config(parallel, folder).trainer_settings
 
 
 def random_samples(seed: int, *lengths: int) -> list[TrainingSample]:

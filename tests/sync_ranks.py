@@ -73,7 +73,9 @@ class SyncingTrainer:
         hf = load_hf_config(folder)
         config = reference.sft_config(FULL, folder)
         model = config.model.model_copy(update={"precision": precision})
-        self.trainer: Trainer = build_trainer(config.model_copy(update={"model": model}), hf, platform)
+        self.trainer: Trainer = build_trainer(
+            config.model_copy(update={"model": model}).trainer_settings, hf, platform
+        )
         self.source = FaultySource(self.trainer.model.module, hf)
         rank = torch.distributed.get_rank()
         register()
@@ -217,7 +219,7 @@ class _fault:  # noqa: N801 (used as a function)
 def gathered(platform: Platform, folder: Path, parallel: ParallelConfig, everywhere: bool) -> object:
     """Two passes over the source: what this rank gets, with metadata checked against it."""
     hf = load_hf_config(folder)
-    trainer = build_trainer(reference.sft_config(parallel, folder), hf, platform)
+    trainer = build_trainer(reference.settings(parallel, folder), hf, platform)
     source = MegatronWeightSource(trainer.model.module, hf, everywhere=everywhere)
     first = {name: tensor.clone() for name, tensor in source}
     meta = source.metadata()

@@ -19,7 +19,7 @@ from megatron_klong.convert.exporting import export_checkpoint
 from megatron_klong.convert.importing import import_checkpoint
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
-from megatron_klong.training.checkpointing import Progress, save_checkpoint
+from megatron_klong.training.checkpointing import SftProgress, save_checkpoint
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, train_step
 from megatron_klong.training.trainer import build_trainer
@@ -100,12 +100,12 @@ def test_shards_have_an_index_and_keep_to_their_size(per_expert: Path, tmp_path:
 def train_and_save(platform: Platform, folder: Path, out: Path, parallel: ParallelConfig) -> float:
     """Three steps from a start, saved; the loss after them."""
     config = reference.sft_config(parallel, folder)
-    trainer = build_trainer(config, load_hf_config(folder), platform)
+    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
     ways = parallel.data(torch.distributed.get_world_size())
     rows = reference.packed(reference.batch())[torch.distributed.get_rank() % ways :: ways]
     for _ in range(3):
         train_step(trainer, rows, sft_objective)
-    save_checkpoint(trainer, Progress(3, 12), out, keep_last=1)
+    save_checkpoint(trainer, SftProgress(3, 12), out, keep_last=1)
     return evaluate(trainer, rows, sft_objective).loss
 
 
@@ -131,7 +131,7 @@ def test_trained_weights_leave_for_transformers(
 
 
 def first_loss(platform: Platform, folder: Path, parallel: ParallelConfig) -> float:
-    trainer = build_trainer(reference.sft_config(parallel, folder), load_hf_config(folder), platform)
+    trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
     return evaluate(trainer, reference.packed(reference.batch()), sft_objective).loss
 
 

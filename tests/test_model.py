@@ -45,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loss_and_gradients(platform: Platform, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """Ours on one rank: the batch loss, and its gradients under their Hugging Face names."""
     hf = load_hf_config(folder)
-    trainer = build_trainer(reference.sft_config(ONE, folder), hf, platform)
+    trainer = build_trainer(reference.settings(ONE, folder), hf, platform)
     trainer.model.zero_grad_buffer()
     sums = forward_backward(trainer, reference.packed(reference.batch()), sft_objective, forward_only=False)
     rules, gradients = weight_rules(hf), {}
@@ -90,7 +90,7 @@ def _fused(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def few_steps(platform: Platform, parallel: ParallelConfig, folder: Path) -> list[tuple[float, float, int]]:
     """Loss, gradient norm and trained tokens of three steps, and the loss after them."""
-    trainer = build_trainer(reference.sft_config(parallel, folder), load_hf_config(folder), platform)
+    trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
     rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = reference.packed(reference.batch())[rank::ways]
     results = [train_step(trainer, mine, sft_objective) for _ in range(3)]
@@ -124,7 +124,7 @@ def test_every_layout_equals_one_rank(
 def packed_and_apart(platform: Platform, folder: Path) -> tuple[float, float]:
     """The batch packed in four rows, and in a row for each sample."""
     config = reference.sft_config(ONE, folder)
-    trainer = build_trainer(config, load_hf_config(folder), platform)
+    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
     rows = reference.batch()
     apart = [[sample] for samples in rows for sample in samples]
     return (
@@ -140,7 +140,7 @@ def test_the_loss_does_not_depend_on_packing(ranks: RankPool, weights: Path) -> 
 
 def influence(platform: Platform, folder: Path) -> np.ndarray:
     """How much each embedding input of a packed row moves the loss of its second document only."""
-    trainer = build_trainer(reference.sft_config(ONE, folder), load_hf_config(folder), platform)
+    trainer = build_trainer(reference.settings(ONE, folder), load_hf_config(folder), platform)
     inputs: list[torch.Tensor] = []
 
     def keep(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def fresh_weights(platform: Platform, parallel: ParallelConfig, folder: Path) ->
     """The first loss of a run that starts from fresh weights."""
     config = reference.sft_config(parallel, folder)
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
-    trainer = build_trainer(config, reference.hf_config(), platform)
+    trainer = build_trainer(config.trainer_settings, reference.hf_config(), platform)
     return evaluate(trainer, reference.packed(reference.batch()), sft_objective).loss
 
 
@@ -184,7 +184,7 @@ def test_fresh_weights_are_the_same_at_every_layout(ranks: RankPool, weights: Pa
 def bf16_loss(platform: Platform, folder: Path) -> tuple[float, set[torch.dtype]]:
     config = reference.sft_config(ONE, folder)
     config = config.model_copy(update={"model": config.model.model_copy(update={"precision": "bf16"})})
-    trainer = build_trainer(config, load_hf_config(folder), platform)
+    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
     rows = reference.packed(reference.batch())
     for _ in range(3):
         train_step(trainer, rows, sft_objective)

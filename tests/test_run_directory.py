@@ -10,7 +10,7 @@ from megatron_klong.config import SftConfig, load_config
 from megatron_klong.data.header import read_header
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.training.preflight import CheckedInputs
-from megatron_klong.training.run_directory import RunDirectory
+from megatron_klong.training.run_directory import RunDirectory, sft_identity
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +24,10 @@ def config(*overrides: str) -> SftConfig:
     return load_config(SftConfig, ROOT / "examples/quickstart/sft.yaml", overrides)
 
 
+def prepare(run: RunDirectory, settings: SftConfig, inputs: CheckedInputs, *, fresh: bool) -> None:
+    run.prepare(settings, sft_identity(settings, inputs), fresh=fresh)
+
+
 def trained(run: RunDirectory) -> None:
     """What a run leaves that trained."""
     run.metrics.write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
@@ -32,28 +36,28 @@ def trained(run: RunDirectory) -> None:
 
 def test_the_same_run_may_start_again_at_another_layout(tmp_path: Path, inputs: CheckedInputs) -> None:
     run = RunDirectory(tmp_path)
-    run.prepare(config(), inputs, fresh=False)
+    prepare(run, config(), inputs, fresh=False)
     trained(run)
-    run.prepare(config("parallel.nproc=8", "training.log_every=1"), inputs, fresh=False)
+    prepare(run, config("parallel.nproc=8", "training.log_every=1"), inputs, fresh=False)
     assert "nproc: 8" in run.config.read_text()
 
 
 def test_another_run_is_refused_once_something_was_trained(tmp_path: Path, inputs: CheckedInputs) -> None:
     run = RunDirectory(tmp_path)
-    run.prepare(config("run.seed=1"), inputs, fresh=False)
-    run.prepare(config("run.seed=2"), inputs, fresh=False)  # a corrected start
+    prepare(run, config("run.seed=1"), inputs, fresh=False)
+    prepare(run, config("run.seed=2"), inputs, fresh=False)  # a corrected start
     trained(run)
     with pytest.raises(ValueError, match=r"other settings: run\.seed \(run\.seed was 2, now 3\)"):
-        run.prepare(config("run.seed=3"), inputs, fresh=False)
+        prepare(run, config("run.seed=3"), inputs, fresh=False)
     assert "seed: 2" in run.config.read_text()
 
 
 def test_fresh_deletes_the_run_and_nothing_else(tmp_path: Path, inputs: CheckedInputs) -> None:
     run = RunDirectory(tmp_path)
-    run.prepare(config("run.seed=1"), inputs, fresh=False)
+    prepare(run, config("run.seed=1"), inputs, fresh=False)
     trained(run)
     (tmp_path / "notes.txt").write_text("mine")
-    run.prepare(config("run.seed=2"), inputs, fresh=True)
+    prepare(run, config("run.seed=2"), inputs, fresh=True)
     assert not run.checkpoints.exists()
     assert not run.metrics.exists()
     assert "seed: 2" in run.config.read_text()
@@ -65,7 +69,10 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         with RunDirectory(tmp_path).locked():
             pass
 
-    with RunDirectory(tmp_path).locked(), pytest.raises(ValueError, match="another process is running"):
+    with (
+        RunDirectory(tmp_path).locked(),
+        pytest.raises(ValueError, match=r"another process is running in it \(run\)"),
+    ):
         start()
     start()
 

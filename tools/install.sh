@@ -41,4 +41,18 @@ else
         exit 2
     }
 fi
+# Agents' commands run in bubblewrap's sandboxes; it is a program of the system, not a package of Python.
+if ! command -v bwrap >/dev/null; then
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        echo "installing bubblewrap"
+        apt-get install -y -qq bubblewrap >"$venv/bubblewrap.log" 2>&1 ||
+            { apt-get update -qq && apt-get install -y -qq bubblewrap; } >"$venv/bubblewrap.log" 2>&1 || {
+            tail -3 "$venv/bubblewrap.log" >&2
+            echo "error: bubblewrap was not installed (above); install it by your system's packages" >&2
+            exit 2
+        }
+    else
+        echo "note: no bwrap here; reinforcement learning needs it (package bubblewrap)" >&2
+    fi
+fi
 echo "installed in $venv"

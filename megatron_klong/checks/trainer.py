@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from megatron.core import parallel_state
 
-from megatron_klong.config import ParallelConfig, SftConfig
+from megatron_klong.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainerSettings
 from megatron_klong.data.rows import PackedRow, fill_row
 from megatron_klong.data.windows import TrainingSample
 from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
@@ -31,22 +31,12 @@ class RandomTokens:
     ) -> None:  # fmt: skip
         self.hf: Glm4MoeConfig = load_hf_config(weights)
         self.row_tokens = row_tokens
-        window = {
-            "max_tokens": row_tokens, "overlap_tokens": 1, "reserve_generation": 1, "reserve_observation": 1,
-        }  # fmt: skip
-        config = SftConfig.model_validate(
-            {
-                "run": {"dir": weights},
-                "model": {
-                    "hf_config": weights, "weights": None if fresh else weights, "precision": precision,
-                },
-                "data": {"store": weights, "window": window},
-                "parallel": parallel.model_dump(),
-                "optimizer": {"lr": 1e-3, "schedule": "constant"},
-                "training": {"steps": 1_000_000, "global_batch_rows": parallel.data(parallel.world_size)},
-            }
+        model = {"hf_config": weights, "weights": None if fresh else weights, "precision": precision}
+        settings = TrainerSettings(
+            model=ModelConfig.model_validate(model), parallel=parallel, row_tokens=row_tokens,
+            steps=1_000_000, optimizer=OptimizerConfig(lr=1e-3, schedule="constant"), seed=1234,
         )  # fmt: skip
-        self.trainer: Trainer = build_trainer(config, self.hf, platform)
+        self.trainer: Trainer = build_trainer(settings, self.hf, platform)
         self._steps = 0
 
     def step(self) -> StepResult:

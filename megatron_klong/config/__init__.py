@@ -8,6 +8,15 @@ from megatron_klong.config.load import (
     validate_config,
 )
 from megatron_klong.config.parallel import ParallelConfig
+from megatron_klong.config.rl import (
+    EvaluationConfig,
+    ObjectiveConfig,
+    RlConfig,
+    RolloutConfig,
+    StageConfig,
+    TasksConfig,
+)
+from megatron_klong.config.sandbox import SandboxConfig
 from megatron_klong.config.server import ServerConfig, TransferBackend
 from megatron_klong.config.sft import (
     DataConfig,
@@ -15,20 +24,29 @@ from megatron_klong.config.sft import (
     OptimizerConfig,
     RunConfig,
     SftConfig,
+    TrainerSettings,
     TrainingConfig,
 )
 from megatron_klong.config.window import PrefixRule, UntrainablePolicy, WindowConfig
 
 __all__ = [
     "DataConfig",
+    "EvaluationConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrefixRule",
+    "RlConfig",
+    "RolloutConfig",
     "RunConfig",
+    "SandboxConfig",
     "ServerConfig",
     "SftConfig",
+    "StageConfig",
     "StrictModel",
+    "TasksConfig",
+    "TrainerSettings",
     "TrainingConfig",
     "TransferBackend",
     "UntrainablePolicy",

@@ -88,6 +88,53 @@ class OptimizerConfig(StrictModel):
     """Largest global gradient norm; 0 does not clip."""
 
 
+class TrainerSettings(StrictModel):
+    """What a trainer is built from, whatever it trains on."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+
+    row_tokens: int
+    """Tokens of every row, which is one micro-batch."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    seed: int
+    """Of fresh weights."""
+
+    def check(self, row_field: str, window_tokens: int) -> None:
+        """Refuse settings that do not agree.
+
+        Args:
+            row_field: the config's name of the row length, for errors.
+            window_tokens: of the longest window.
+
+        Raises:
+            ValueError: names the fields and the remedy.
+        """
+        if self.row_tokens < window_tokens:
+            raise ValueError(
+                f"{row_field}={self.row_tokens} is less than the window's max_tokens={window_tokens}; "
+                "a window must fit in a row"
+            )
+        if self.row_tokens % self.parallel.tensor:
+            raise ValueError(
+                f"{row_field}={self.row_tokens} is no multiple of parallel.tensor={self.parallel.tensor}, "
+                "which sequence parallelism needs"
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr} must not exceed optimizer.lr={self.optimizer.lr}"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below the run's "
+                f"{self.steps} optimizer steps"
+            )
+
+
 class TrainingConfig(StrictModel):
     """How long, how much at a time, and what is written."""
 
@@ -124,29 +171,18 @@ class SftConfig(StrictModel):
     optimizer: OptimizerConfig
     training: TrainingConfig
 
+    @property
+    def trainer_settings(self) -> TrainerSettings:
+        """What the trainer is built from."""
+        return TrainerSettings(
+            model=self.model, parallel=self.parallel, optimizer=self.optimizer,
+            row_tokens=self.data.row_length, steps=self.training.steps, seed=self.run.seed,
+        )  # fmt: skip
+
     @model_validator(mode="after")
     def _fields_agree(self) -> SftConfig:
         self.check_world(self.parallel.world_size)
-        row, window = self.data.row_length, self.data.window.max_tokens
-        if row < window:
-            raise ValueError(
-                f"data.row_tokens={row} is less than data.window.max_tokens={window}; "
-                "a window must fit in a row"
-            )
-        if row % self.parallel.tensor:
-            raise ValueError(
-                f"data.row_tokens={row} is no multiple of parallel.tensor={self.parallel.tensor}, "
-                "which sequence parallelism needs"
-            )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr} must not exceed optimizer.lr={self.optimizer.lr}"
-            )
-        if self.optimizer.warmup_steps >= self.training.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "
-                f"training.steps={self.training.steps}"
-            )
+        self.trainer_settings.check("data.row_tokens", self.data.window.max_tokens)
         return self
 
     def check_world(self, world_size: int) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klong.config import WindowConfig
+from megatron_klong.data.blocks import StoredTrajectory
 from megatron_klong.data.header import window_rule
 from megatron_klong.data.packing import minimum_rows, pack_rows
-from megatron_klong.data.store import StoredTrajectory, TokenStore
+from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import SpanKind, WindowAssembler, split_trajectory
 from megatron_klong.window import NotTrained, Split, Window
 

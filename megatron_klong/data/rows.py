@@ -34,6 +34,8 @@ class PackedRow:
         cu_seqlens: int32, document boundaries from 0 to R.
         samples: trajectory and window numbers of the samples, in order.
         sample_tokens: tokens of all samples, padding excluded.
+        units: what the row counts in the mean over a batch; its trained tokens, unless an objective is
+            a mean over something else.
     """
 
     tokens_R: np.ndarray
@@ -42,6 +44,7 @@ class PackedRow:
     cu_seqlens: np.ndarray
     samples: tuple[tuple[int, int], ...]
     sample_tokens: int
+    units: int
 
 
 def fill_row(samples: list[TrainingSample], row_tokens: int) -> PackedRow:
@@ -63,7 +66,9 @@ def fill_row(samples: list[TrainingSample], row_tokens: int) -> PackedRow:
     if sample_tokens < row_tokens:
         boundaries.append(row_tokens)
     names = tuple((sample.trajectory, sample.window) for sample in samples)
-    return PackedRow(tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, sample_tokens)
+    return PackedRow(
+        tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, sample_tokens, int(mask.sum())
+    )
 
 
 class PackedRows:

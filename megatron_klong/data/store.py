@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import (
     IndexedDatasetBuilder,
 )
 
+from megatron_klong.data.blocks import StoredTrajectory, TrajectoryLabel, TurnLabel
 from megatron_klong.data.header import (
     FORMAT_VERSION,
     MARKER_TEXT,
@@ -37,47 +38,6 @@ from megatron_klong.data.header import (
 )
 from megatron_klong.trajectory.render import RenderedTrajectory, Renderer
 from megatron_klong.trajectory.schema import Trajectory, initial_messages, turns
-
-
-@dataclass(frozen=True)
-class TurnLabel:
-    """What the window rule needs of a turn beside its token counts.
-
-    Attributes:
-        context_only: never trained.
-        tools: the names it calls, in order.
-    """
-
-    context_only: bool
-    tools: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrajectoryLabel:
-    """One line of the trajectory list."""
-
-    id: str
-    task_id: str | None
-    reward: float | None
-    marked_turns: int | None
-    turns: tuple[TurnLabel, ...]
-
-
-@dataclass(frozen=True)
-class StoredTrajectory:
-    """One trajectory of a store.
-
-    Attributes:
-        tokens: of all blocks, in order, 1-D.
-        mask: loss mask, uint8, the same length.
-        bounds: where blocks begin, int64, one more than blocks: initial, then action and answer
-            of every turn.
-    """
-
-    label: TrajectoryLabel
-    tokens: np.ndarray
-    mask: np.ndarray
-    bounds: np.ndarray
 
 
 class TokenStoreWriter:

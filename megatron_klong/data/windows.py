@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_klong.config import WindowConfig
-from megatron_klong.data.header import StoreHeader
-from megatron_klong.data.store import StoredTrajectory, TokenStore, TrajectoryLabel
+from megatron_klong.data.blocks import TokenBlocks, TrajectoryLabel
 from megatron_klong.window import (
     Context,
     ContextWindow,
@@ -19,6 +19,28 @@ from megatron_klong.window import (
     Window,
     truncate,
 )
+
+if TYPE_CHECKING:
+    from megatron_klong.data.store import TokenStore
+
+
+class InsertedIds(Protocol):
+    """Token ids that stand in windows beside those of the trajectory; a store's header has them."""
+
+    @property
+    def opening_ids(self) -> tuple[int, ...]:
+        """What opens an assistant message."""
+        ...
+
+    @property
+    def marker_ids(self) -> tuple[int, ...]:
+        """The message that stands where turns are omitted."""
+        ...
+
+    @property
+    def note_ids(self) -> tuple[int, ...]:
+        """What stands where a block was cut."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -102,16 +124,16 @@ def split_trajectory(store: TokenStore, number: int, rule: ContextWindow, config
 class WindowAssembler:
     """Turns the description of a window into spans and tokens."""
 
-    def __init__(self, rule: ContextWindow, header: StoreHeader) -> None:
+    def __init__(self, rule: ContextWindow, inserted: InsertedIds) -> None:
         self._rule = rule
-        self._opening = len(header.opening_ids)
+        self._opening = len(inserted.opening_ids)
         self._inserted = {
-            SpanKind.MARKER: np.array(header.marker_ids, dtype=np.int64),
-            SpanKind.NOTE: np.array(header.note_ids, dtype=np.int64),
+            SpanKind.MARKER: np.array(inserted.marker_ids, dtype=np.int64),
+            SpanKind.NOTE: np.array(inserted.note_ids, dtype=np.int64),
         }
 
     def spans(self, window: Window, bounds: np.ndarray) -> list[Span]:
-        """The stretches of a window in order; ``bounds`` as in :class:`StoredTrajectory`."""
+        """The stretches of a window in order; ``bounds`` as in :class:`TokenBlocks`."""
         context, trained = window.context, set(window.trained_turns)
         spans = [Span(SpanKind.PREFIX, 0, int(bounds[1]), None)]
         for turn in range(context.prefix_turns):
@@ -125,7 +147,7 @@ class WindowAssembler:
         spans += self._block(2 * last + 1, last, bounds, _kind(last, context), last in trained)
         return spans
 
-    def sample(self, window: Window, trajectory: StoredTrajectory, number: int) -> TrainingSample:
+    def sample(self, window: Window, trajectory: TokenBlocks, number: int) -> TrainingSample:
         """Tokens and loss mask of a window."""
         spans = self.spans(window, trajectory.bounds)
         tokens = np.concatenate([self.span_tokens(span, trajectory) for span in spans])
@@ -138,7 +160,7 @@ class WindowAssembler:
         assert len(tokens) == window.tokens <= self._rule.max_tokens
         return TrainingSample(tokens, np.concatenate(masks), number, window.context.window)
 
-    def span_tokens(self, span: Span, trajectory: StoredTrajectory) -> np.ndarray:
+    def span_tokens(self, span: Span, trajectory: TokenBlocks) -> np.ndarray:
         """The token ids of a stretch, int64."""
         inserted = self._inserted.get(span.kind)
         if inserted is not None:

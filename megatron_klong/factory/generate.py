@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_klong.factory.replication import ReplicationTask, expert_trajectory, generate_tasks
+from megatron_klong.factory.replication import (
+    RUN_PROGRAM,
+    SYSTEM_PROMPT,
+    ReplicationTask,
+    experiments_done,
+    expert_trajectory,
+    generate_tasks,
+)
 from megatron_klong.trajectory.formats import chat_format
 from megatron_klong.trajectory.importing import written_when_complete
 from megatron_klong.trajectory.openai_chat import write_openai_chat
@@ -21,7 +28,7 @@ class GenerationReport:
     """What was written.
 
     Attributes:
-        mean_grade: of the expert's work; 1.0, or the expert is wrong.
+        mean_grade: of the expert's work; 1.0, or the expert is wrong or hurried.
     """
 
     tasks: str
@@ -40,6 +47,8 @@ def generate_domain(
     seed: int,
     renderer: str,
     inserted_texts: Iterable[str],
+    experiments: tuple[int, int] = (30, 50),
+    hurried: float = 0.0,
     on_task: Callable[[], None] = lambda: None,
 ) -> GenerationReport:
     """Draw tasks, let the expert solve them, and make a tokenizer for what it saw and wrote.
@@ -51,12 +60,16 @@ def generate_domain(
         seed: draws them.
         renderer: the chat format that the tokenizer serves.
         inserted_texts: texts that the window rule inserts; they become tokens too.
+        experiments: fewest and most of a task.
+        hurried: share of the trajectories whose expert hands in early.
 
     Raises:
         ValueError: unknown renderer, or ``count`` below 1.
     """
     if count < 1:
         raise ValueError(f"--tasks {count}: must be at least 1")
+    if not 0 <= hurried <= 1:
+        raise ValueError(f"--hurried {hurried}: must be a share, from 0 to 1")
     family = chat_format(renderer)
     pieces: list[Piece] = [piece for text in inserted_texts for piece in (text, *family.aside(text))]
     texts = {piece for piece in pieces if isinstance(piece, str)}
@@ -65,8 +78,8 @@ def generate_domain(
     for earlier in (out / "tasks").glob("*/task.json"):
         shutil.rmtree(earlier.parent)
     with written_when_complete(file) as stream:
-        for task in generate_tasks(count, seed):
-            trajectory = expert_trajectory(task)
+        for task in generate_tasks(count, seed, experiments):
+            trajectory = expert_trajectory(task, experiments_done(task, hurried))
             stream.write(write_openai_chat(trajectory) + "\n")
             texts.update(trajectory_texts(trajectory, family))
             messages += len(trajectory.messages)
@@ -87,7 +100,15 @@ def generate_domain(
 
 
 def _write_task(task: ReplicationTask, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder that :func:`megatron_klong.rollout.task.read_task` reads."""
+    program = folder / "public" / "bin" / "run"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(RUN_PROGRAM)
+    program.chmod(0o755)
+    (folder / "public" / "measurements").write_text(task.measurement_table())
     (folder / "paper.md").write_text(task.paper)
     (folder / "rubric.json").write_text(json.dumps(task.rubric(), indent=1) + "\n")
-    (folder / "task.json").write_text(json.dumps(asdict(task)) + "\n")
+    (folder / "checks.json").write_text(json.dumps(task.checks(), indent=1) + "\n")
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": task.prompt}]
+    record = {"id": task.id, "messages": messages, "path": ["bin"]}
+    (folder / "task.json").write_text(json.dumps(record) + "\n")

@@ -2,11 +2,13 @@
 
 A task is a paper whose method section gives a key digit, and a number of experiments. The agent
 reads the method once, then runs every experiment (two digits come back) and writes a result file:
-the two digits, and the first of them plus the key, modulo ten. The key stands only in the first
-turn, so a model that has lost its prefix cannot do the task; everything else is in the last turns.
+the two digits, and the key. The paper is read in the first turn only, and stays in the prefix of every
+window; everything else is in the last turns. A tiny model learns it in minutes.
 A rubric in PaperBench's format gives one leaf to every experiment.
 
-The expert is scripted, acts through the same tools as an agent and sees only what they return.
+The expert is scripted and sees only what its tools return. It acts in process, for speed; that the same
+calls give the same observations in a real sandbox is tested. A *hurried* expert hands in before the last
+experiment: demonstrations of middling grade, for a start that reinforcement learning can improve.
 """
 
 from __future__ import annotations
@@ -14,26 +16,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from megatron_klong.agent.tools import describe_tools
 from megatron_klong.trajectory.schema import Json, Message, ToolCall, Trajectory
 
 SYSTEM_PROMPT = "You replicate papers with your tools."
-
-
-def _tool(name: str, description: str, **parameters: str) -> Json:
-    properties = {key: {"type": "string", "description": text} for key, text in parameters.items()}
-    schema = {"type": "object", "properties": properties, "required": list(parameters)}
-    function = {"name": name, "description": description, "parameters": schema}
-    return {"type": "function", "function": function}
-
-
-TOOLS: tuple[Json, ...] = (
-    _tool("read_paper", "Read a section of the paper.", section="Name of the section."),
-    _tool("bash", "Run a command.", command="The command line."),
-    _tool("write_file", "Write a file.", path="Where.", content="What."),
-    _tool("submit", "Hand in the work."),
-)
 
 
 @dataclass(frozen=True)
@@ -60,10 +47,7 @@ class ReplicationTask:
     @property
     def method(self) -> str:
         """The method section of the paper."""
-        return (
-            "The result of an experiment is its measurement, followed by the first digit of the "
-            f"measurement plus {self.key}, modulo ten."
-        )
+        return f"The result of an experiment is its measurement, followed by {self.key}."
 
     @property
     def paper(self) -> str:
@@ -72,8 +56,7 @@ class ReplicationTask:
 
     def result(self, experiment: int) -> str:
         """The right content of an experiment's file; experiments count from 1."""
-        measured = self.measurements[experiment - 1]
-        return f"{measured}{(int(measured[0]) + self.key) % 10}"
+        return f"{self.measurements[experiment - 1]}{self.key}"
 
     def rubric(self) -> Json:
         """The grading tree in PaperBench's format: one leaf per experiment, equal weights."""
@@ -86,6 +69,17 @@ class ReplicationTask:
             for number, name in enumerate(self.experiment_names(), 1)
         ]
         return _node(self.id, "The paper is replicated.", leaves)
+
+    def checks(self) -> Json:
+        """How each leaf is graded, by its id: the file must hold the result, and nothing else."""
+        return {
+            f"{self.id}/{name}": {"command": f'[ "$(<{name})" = {self.result(number)} ]'}
+            for number, name in enumerate(self.experiment_names(), 1)
+        }
+
+    def measurement_table(self) -> str:
+        """What the sandbox's ``run`` program looks experiments up in: name and measurement, line by line."""
+        return "".join(f"{name} {value}\n" for name, value in zip(self.experiment_names(), self.measurements))
 
     def experiment_names(self) -> list[str]:
         """``01``, ``02``, ..."""
@@ -105,33 +99,43 @@ def _node(
     }
 
 
+RUN_PROGRAM = """#!/bin/sh
+# run NAME: carry out an experiment of the paper and print what it measures.
+while read -r name value; do
+    [ "$name" = "$1" ] && echo "$value" && exit 0
+done < /task/measurements
+echo "run: there is no experiment '$1'"
+exit 1
+"""
+"""The program in every task's sandbox."""
+
+
 @dataclass
 class ReplicationEnvironment:
-    """The tools of a task, in process: what the scripted expert acts through."""
+    """The tools of a task, in process, as far as the expert uses them."""
 
     task: ReplicationTask
     files: dict[str, str] = field(default_factory=dict)
     submitted: bool = False
 
-    def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a tool and return what the agent observes; a wrong call is answered, not raised."""
-        if name == "read_paper":
-            return self.task.method if arguments.get("section") == "method" else "No such section."
-        if name == "bash":
-            return self._run(str(arguments.get("command", "")))
-        if name == "write_file" and {"path", "content"} <= arguments.keys():
-            self.files[str(arguments["path"])] = str(arguments["content"])
-            return "Written."
-        if name == "submit":
-            self.submitted = True
-            return "Submitted."
-        return "No such tool, or arguments are missing."
-
-    def _run(self, command: str) -> str:
-        program, _, name = command.partition(" ")
-        if program != "run" or name not in self.task.experiment_names():
-            return "No such command."
-        return self.task.measurements[int(name) - 1]
+    def call(self, call: ToolCall) -> str:
+        """Carry out a call; what is observed is what the real tools say."""
+        arguments = call.arguments
+        match call.name:
+            case "read_paper":
+                assert arguments["section"] == "method"
+                return self.task.method
+            case "bash":
+                program, name = arguments["command"].split()
+                assert program == "run"
+                return self.task.measurements[int(name) - 1]
+            case "write_file":
+                self.files[arguments["path"]] = arguments["content"]
+                return "Written."
+            case _:
+                assert call.name == "submit"
+                self.submitted = True
+                return "Submitted."
 
     def grade(self) -> float:
         """Share of experiments whose file holds the right result, in [0, 1]."""
@@ -141,57 +145,71 @@ class ReplicationEnvironment:
 
 
 def generate_tasks(
-    count: int, seed: int, *, min_experiments: int = 30, max_experiments: int = 50
+    count: int, seed: int, experiments: tuple[int, int] = (30, 50)
 ) -> Iterator[ReplicationTask]:
     """Tasks drawn from a seed, all of them different streams of one generator.
+
+    Args:
+        experiments: fewest and most of a task.
 
     Raises:
         ValueError: experiments must be numbered with two digits.
     """
-    if not 1 <= min_experiments <= max_experiments <= 99:
-        raise ValueError(
-            f"experiments: from {min_experiments} to {max_experiments} is no range within 1 to 99"
-        )
+    fewest, most = experiments
+    if not 1 <= fewest <= most <= 99:
+        raise ValueError(f"experiments: from {fewest} to {most} is no range within 1 to 99")
     for number in range(count):
         draw = random.Random(f"{seed}/{number}")
-        experiments = draw.randint(min_experiments, max_experiments)
+        size = draw.randint(fewest, most)
         yield ReplicationTask(
             id=f"replication-{seed}-{number:05d}",
             key=draw.randrange(10),
-            measurements=tuple(f"{draw.randrange(100):02d}" for _ in range(experiments)),
+            measurements=tuple(f"{draw.randrange(100):02d}" for _ in range(size)),
         )
 
 
-def expert_trajectory(task: ReplicationTask) -> Trajectory:
-    """Let the scripted expert work on a task and grade what it did."""
+def experiments_done(task: ReplicationTask, hurried: float) -> int:
+    """How many experiments the expert carries out: all, or with probability ``hurried`` fewer."""
+    draw = random.Random(f"expert/{task.id}")
+    total = len(task.measurements)
+    return draw.randrange(1, total) if total > 1 and draw.random() < hurried else total
+
+
+def expert_trajectory(task: ReplicationTask, experiments: int | None = None) -> Trajectory:
+    """Let the scripted expert work on a task and grade what it did.
+
+    Args:
+        experiments: hand in after so many; default all.
+    """
     environment = ReplicationEnvironment(task)
+    done = len(task.measurements) if experiments is None else experiments
     messages = [Message("system", SYSTEM_PROMPT), Message("user", task.prompt)]
     while not environment.submitted:
-        call = _next_call(messages)
+        call = _next_call(messages, done)
         call_id = f"call-{len(messages)}"
         call = ToolCall(call.name, call.arguments, call_id)
         messages.append(Message("assistant", tool_calls=(call,)))
-        observation = environment.call(call.name, call.arguments)
-        messages.append(Message("tool", observation, tool_call_id=call_id))
+        messages.append(Message("tool", environment.call(call), tool_call_id=call_id))
     return Trajectory(
         id=task.id,
         task_id=task.id,
         messages=tuple(messages),
-        tools=TOOLS,
+        tools=describe_tools(),
         reward=environment.grade(),
     )
 
 
-def _next_call(messages: list[Message]) -> ToolCall:
-    """The expert's policy: a function of the conversation so far."""
+def _next_call(messages: list[Message], experiments: int) -> ToolCall:
+    """The expert's policy: a function of the conversation so far, and of when it hands in."""
     if len(messages) == 2:
         return ToolCall("read_paper", {"section": "method"})
     (last,) = messages[-2].tool_calls
     observed = messages[-1].content or ""
     if last.name == "bash":
         key = next(letter for letter in (messages[3].content or "") if letter.isdigit())
-        result = f"{observed}{(int(observed[0]) + int(key)) % 10}"
-        return ToolCall("write_file", {"path": last.arguments["command"].split()[1], "content": result})
+        name = last.arguments["command"].split()[1]
+        return ToolCall("write_file", {"path": name, "content": observed + key})
     done = int(last.arguments["path"]) if last.name == "write_file" else 0
-    total = int("".join(letter for letter in messages[1].content or "" if letter.isdigit()))
-    return ToolCall("bash", {"command": f"run {done + 1:02d}"}) if done < total else ToolCall("submit", {})
+    if done < experiments:
+        return ToolCall("bash", {"command": f"run {done + 1:02d}"})
+    return ToolCall("submit", {})

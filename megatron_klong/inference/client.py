@@ -11,6 +11,7 @@ import httpx
 from megatron_klong.inference.wire import (
     GENERATE,
     Generation,
+    RefusedError,
     Sampling,
     ServerError,
     error_text,
@@ -31,14 +32,16 @@ class TokenClient:
 
     def __init__(self, url: str, timeout_seconds: float = 3600.0) -> None:
         self.url = url
-        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # The server closes what is idle for 5 s; a request that came just then would fail.
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout_seconds, limits=unlimited)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, version: str) -> Generation:
         """Sample an answer from weights ``version``.
 
         Raises:
-            ServerError: the server refused, failed, or is not there.
+            RefusedError: the server will not have this request.
+            ServerError: the server failed, or is not there.
             VersionError: other weights made it.
         """
         answer = parse_generation(await self._post(generate_request(prompt_ids, sampling)))
@@ -55,7 +58,8 @@ class TokenClient:
         except httpx.HTTPError as error:
             raise ServerError(f"{self.url}: {type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
-            raise ServerError(f"{self.url}: {error_text(response.status_code, response.text)}")
+            kind = RefusedError if response.is_client_error else ServerError
+            raise kind(f"{self.url}: {error_text(response.status_code, response.text)}")
         answer: dict[str, Any] = response.json()
         return answer
 

@@ -17,6 +17,10 @@ class ServerError(RuntimeError):
     """A server refused, failed, or is not there; the message names it and what it said."""
 
 
+class RefusedError(ServerError):
+    """A server refused the request as such; it would refuse it again."""
+
+
 class VersionError(ServerError):
     """An answer was not made by the weights it was asked of."""
 
@@ -30,12 +34,14 @@ class Sampling:
         temperature: logits are divided by it; the log-probs returned are those after it.
         stop_token_ids: tokens that end the answer; they stay in it.
         seed: makes the answer repeatable on the same server.
+        return_prompt: have the server say which prompt it saw.
     """
 
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    return_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Generation:
         finish_reason: ``stop``, ``length``, or ``abort`` when the server was paused meanwhile.
         versions: which weights made which tokens.
         cached_tokens: prompt tokens whose keys and values were in the server's cache.
+        prompt_ids: the prompt that the server saw; None where it was not asked to say.
     """
 
     token_ids: tuple[int, ...]
@@ -64,6 +71,7 @@ class Generation:
     finish_reason: Literal["stop", "length", "abort"]
     versions: tuple[VersionSpan, ...]
     cached_tokens: int
+    prompt_ids: tuple[int, ...] | None = None
 
     def require_version(self, version: str) -> None:
         """Refuse an answer of which any token comes from other weights (VersionError)."""
@@ -76,6 +84,7 @@ def generate_request(prompt_ids: Sequence[int], sampling: Sampling) -> dict[str,
     """The body of a generation request."""
     return {
         "token_ids": list(prompt_ids),
+        "return_token_ids": sampling.return_prompt,
         "sampling_params": {
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -97,6 +106,7 @@ def parse_generation(body: dict[str, Any]) -> Generation:
         finish_reason=choice["finish_reason"],
         versions=tuple(VersionSpan(**span) for span in choice["weight_versions"] or ()),
         cached_tokens=int(details.get("cached_tokens") or 0),
+        prompt_ids=None if body.get("prompt_token_ids") is None else tuple(body["prompt_token_ids"]),
     )
 
 

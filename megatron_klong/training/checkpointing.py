@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
@@ -19,9 +19,25 @@ from megatron_klong.training.trainer import Trainer
 _STEP_DIR = re.compile(r"step_(\d{8})")
 
 
+class Progress(Protocol):
+    """Where a run stands: a dataclass of what is to be known when it goes on.
+
+    Attributes:
+        step: optimizer steps done.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def step(self) -> int: ...
+
+
+ProgressKind = TypeVar("ProgressKind", bound=Progress)
+
+
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
+class SftProgress:
+    """Where a supervised run stands.
 
     Attributes:
         step: optimizer steps done.
@@ -72,14 +88,18 @@ def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last:
     return final
 
 
-def load_checkpoint(trainer: Trainer, folder: Path) -> Progress:
-    """Restore everything :func:`save_checkpoint` wrote, at this run's layout."""
+def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) -> ProgressKind:
+    """Restore everything :func:`save_checkpoint` wrote, at this run's layout.
+
+    Args:
+        kind: of the progress that was saved.
+    """
     allocate_moments(trainer.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(folder))
     trainer.model.module.load_state_dict(loaded["model"])
     load_optimizer(trainer.optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])
-    return Progress(**loaded["progress"])
+    return kind(**loaded["progress"])
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from megatron_klong.config import SftConfig, dump_config
+from megatron_klong.model.hf_config import Glm4MoeConfig
 from megatron_klong.training.preflight import CheckedInputs
 
-_CHANGEABLE = (
+SFT_CHANGEABLE = (
     "data.store",
     "model.hf_config",
     "parallel",
@@ -38,17 +41,23 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.rollouts = path / "rollouts"
+        self.batches = path / "batches"
+        self.exchange = path / "exchange"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, part: str = "run") -> Iterator[None]:
         """Hold the directory for one process.
+
+        Args:
+            part: what of the run this process is, where several work in one directory.
 
         Raises:
             ValueError: another process holds it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / f".{part}.lock").open("w")
         except OSError as error:
             raise ValueError(f"run.dir={self.path}: {error.strerror}") from error
         with lock:
@@ -56,23 +65,22 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    f"run.dir={self.path}: another process is running in it; wait for it, or choose "
-                    "another directory"
+                    f"run.dir={self.path}: another process is running in it ({part}); wait for it, or "
+                    "choose another directory"
                 ) from None
             yield
 
-    def prepare(self, config: SftConfig, inputs: CheckedInputs, *, fresh: bool) -> None:
+    def prepare(self, config: BaseModel, identity: dict[str, Any], *, fresh: bool) -> None:
         """Claim the directory for this run, which may have been started in it before.
 
         Args:
             config: the resolved config; saved as ``config.yaml``.
-            inputs: what it trains on and which model.
+            identity: what makes two starts the same run (see :func:`identity_of`).
             fresh: delete an earlier run first; other files in the directory stay.
 
         Raises:
             ValueError: the directory holds another run, or files that are no run.
         """
-        identity = run_identity(config, inputs)
         if self.identity.is_file():
             if fresh:
                 self._delete_run()
@@ -84,8 +92,8 @@ class RunDirectory:
                 "or new directory"
             )
         # The identity first: a directory that has one is a run, whatever else is missing.
-        _replace_text(self.identity, json.dumps(identity, indent=2) + "\n")
-        _replace_text(self.config, dump_config(config))
+        replace_text(self.identity, json.dumps(identity, indent=2) + "\n")
+        replace_text(self.config, dump_config(config))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after ``step``: a resumed run writes them again."""
@@ -93,7 +101,7 @@ class RunDirectory:
             return
         lines = self.metrics.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _replace_text(self.metrics, "".join(kept))
+        replace_text(self.metrics, "".join(kept))
 
     def _refuse_other_run(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -108,30 +116,39 @@ class RunDirectory:
     def _has_results(self) -> bool:
         """Whether anything was trained; a start that failed before may be corrected freely."""
         written = self.metrics.is_file() and self.metrics.stat().st_size > 0
-        return written or self.checkpoints.is_dir()
+        return written or self.checkpoints.is_dir() or self.rollouts.is_dir()
 
     def _delete_run(self) -> None:
         """Delete what a run wrote, its identity last: an interrupted deletion can be repeated."""
-        for folder in (self.checkpoints, self.logs):
+        for folder in (self.checkpoints, self.logs, self.rollouts, self.batches, self.exchange):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for path in (self.metrics, self.config, self.identity):
             path.unlink(missing_ok=True)
 
 
-def _replace_text(file: Path, text: str) -> None:
+def replace_text(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old text or the new one."""
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(file)
 
 
-def run_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
-    """What makes two starts the same run: dotted keys to values, inputs by content."""
+def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
+    """What makes two starts the same supervised run."""
+    return identity_of(config, SFT_CHANGEABLE, inputs.model) | {"data.content": inputs.data.content_sha256}
+
+
+def identity_of(config: BaseModel, changeable: tuple[str, ...], model: Glm4MoeConfig) -> dict[str, Any]:
+    """What makes two starts the same run: dotted keys to values.
+
+    Args:
+        changeable: beginnings of keys that may differ.
+        model: the shape of the model.
+    """
     flat = dict(_flatten(config.model_dump(mode="json")))
-    same = {key: value for key, value in flat.items() if not key.startswith(_CHANGEABLE)}
-    shape = {f"model.{key}": value for key, value in asdict(inputs.model).items()}
-    return {**same, **shape, "data.content": inputs.data.content_sha256}
+    same = {key: value for key, value in flat.items() if not key.startswith(changeable)}
+    return {**same, **{f"model.{key}": value for key, value in asdict(model).items()}}
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

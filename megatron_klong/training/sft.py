@@ -14,7 +14,7 @@ from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.weights import parameter_count
 from megatron_klong.platform import Platform
 from megatron_klong.training.checkpointing import (
-    Progress,
+    SftProgress,
     checkpoint_dir,
     latest_checkpoint,
     load_checkpoint,
@@ -38,12 +38,12 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
         if validation
         else []
     )
-    trainer = build_trainer(config, hf, platform)
+    trainer = build_trainer(config.trainer_settings, hf, platform)
 
-    progress = Progress(step=0, next_row=0)
+    progress = SftProgress(step=0, next_row=0)
     saved = latest_checkpoint(run.checkpoints)
     if saved is not None:
-        progress = load_checkpoint(trainer, saved)
+        progress = load_checkpoint(trainer, saved, SftProgress)
     writes = torch.distributed.get_rank() == 0
     if writes:
         run.truncate_metrics(-1 if saved is None else progress.step)
@@ -63,7 +63,7 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
         for step in range(progress.step + 1, settings.steps + 1):
             batch = _global_batch(rows, progress.next_row, settings.global_batch_rows)
             log.step(step, train_step(trainer, batch, sft_objective))
-            progress = Progress(step, progress.next_row + settings.global_batch_rows)
+            progress = SftProgress(step, progress.next_row + settings.global_batch_rows)
             last = step == settings.steps
             if held_out and settings.eval_every and (last or step % settings.eval_every == 0):
                 log.evaluation(step, evaluate(trainer, held_out, sft_objective))

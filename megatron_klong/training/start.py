@@ -7,7 +7,7 @@ import os
 from megatron_klong.config import SftConfig
 from megatron_klong.training.local_ranks import run_ranks
 from megatron_klong.training.preflight import check_sft
-from megatron_klong.training.run_directory import RunDirectory
+from megatron_klong.training.run_directory import RunDirectory, sft_identity
 
 
 def start_sft(config: SftConfig, *, fresh: bool) -> int:
@@ -23,7 +23,7 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     run = RunDirectory(config.run.dir)
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         with run.locked():
-            run.prepare(config, inputs, fresh=fresh)
+            run.prepare(config, sft_identity(config, inputs), fresh=fresh)
             world = config.parallel.world_size
             return run_ranks("megatron_klong.training.worker", [str(run.path)], world, run.logs)
 
@@ -34,6 +34,6 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
         train(config)
         return 0
     with run.locked():
-        run.prepare(config, inputs, fresh=fresh)
+        run.prepare(config, sft_identity(config, inputs), fresh=fresh)
         train(config)
     return 0

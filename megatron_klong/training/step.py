@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -17,13 +17,16 @@ from torch import Tensor
 from megatron_klong.data.rows import PackedRow
 from megatron_klong.training.trainer import Trainer
 
-Objective = Callable[[Tensor, PackedRow, Tensor], Tensor]
-"""``(log_probs_R, row, loss_mask_R) -> sum over the row's trained tokens`` (a scalar to minimise)."""
+Row = TypeVar("Row", bound=PackedRow)
+
+Objective = Callable[[Tensor, Row, Tensor], Tensor]
+"""``(log_probs_R, row, loss_mask_R) -> the row's sum`` (a scalar to minimise). A step minimises the sum over
+the global batch divided by the batch's units (see :class:`PackedRow`)."""
 
 
 @dataclass(frozen=True)
 class BatchSums:
-    """A global batch: mean objective per trained token, and the counts, as in `StepResult`."""
+    """A global batch: mean objective per unit, and the counts, as in `StepResult`."""
 
     loss: float
     trained_tokens: int
@@ -35,8 +38,8 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: objective summed over the trained tokens of the global batch, over their number.
-        trained_tokens: that number.
+        loss: objective of the global batch, over its units: for SFT the mean over trained tokens.
+        trained_tokens: their number.
         tokens: all tokens of the batch's samples, padding excluded.
         grad_norm: global gradient norm before clipping.
         learning_rate: that the step was taken with.
@@ -57,7 +60,7 @@ class EvaluationResult:
     trained_tokens: int
 
 
-def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> StepResult:
+def train_step(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row]) -> StepResult:
     """Forward, backward and one update over this data-parallel rank's rows of the global batch.
 
     Raises:
@@ -86,7 +89,7 @@ def train_step(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) -> EvaluationResult:
+def evaluate(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row]) -> EvaluationResult:
     """The same loss without gradients; all data-parallel ranks must bring equally many rows."""
     trainer.model.eval()
     sums = forward_backward(trainer, rows, objective, forward_only=True)
@@ -94,12 +97,12 @@ def evaluate(trainer: Trainer, rows: Sequence[PackedRow], objective: Objective) 
 
 
 def forward_backward(
-    trainer: Trainer, rows: Sequence[PackedRow], objective: Objective, *, forward_only: bool
+    trainer: Trainer, rows: Sequence[Row], objective: Objective[Row], *, forward_only: bool
 ) -> BatchSums:
     """Run Megatron's pipeline schedule over the rows, one micro-batch each.
 
-    Unless ``forward_only``, gradients of the mean over the global batch's trained tokens are left
-    in the model's buffers, summed over all ranks.
+    Unless ``forward_only``, gradients of the mean over the global batch's units are left in the model's
+    buffers, summed over all ranks.
     """
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer.device, objective),
@@ -111,20 +114,22 @@ def forward_backward(
         forward_only=forward_only,
     )
     trained = sum(float(row.loss_mask_R.sum()) for row in rows)
-    used = sum(row.sample_tokens for row in rows)
+    units = float(sum(row.units for row in rows))
+    used = float(sum(row.sample_tokens for row in rows))
     # Only the last stage knows the loss; every stage knows the counts.
     total = torch.tensor(
-        [float(sum(losses)) if losses else 0.0, trained, used], dtype=torch.float64, device=trainer.device
-    )
+        [float(sum(losses)) if losses else 0.0, units, trained, used], dtype=torch.float64,
+        device=trainer.device,
+    )  # fmt: skip
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     stages = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
-    loss_sum, trained_total, used_total = total.tolist()
-    return BatchSums(loss_sum / max(trained_total, 1.0), int(trained_total), int(used_total))
+    loss_sum, unit_total, trained_total, used_total = total.tolist()
+    return BatchSums(loss_sum / max(unit_total, 1.0), int(trained_total), int(used_total))
 
 
 def _forward_step(
-    device: torch.device, objective: Objective, rows: Iterator[PackedRow], model: Any
+    device: torch.device, objective: Objective[Row], rows: Iterator[Row], model: Any
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: the model's output and how to make a loss of it."""
     row = next(rows)
@@ -144,7 +149,6 @@ def _forward_step(
     def loss_of(token_losses_1R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask_R = torch.from_numpy(row.loss_mask_R).to(device)
         loss = objective(-token_losses_1R.squeeze(0), row, mask_R)
-        count = mask_R.sum().to(torch.int)
-        return loss, count, loss.detach()
+        return loss, torch.tensor(row.units, dtype=torch.int, device=device), loss.detach()
 
     return output, loss_of

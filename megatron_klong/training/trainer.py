@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_klong.config import OptimizerConfig, SftConfig
+from megatron_klong.config import OptimizerConfig, TrainerSettings
 from megatron_klong.model.glm4_moe import build_model
 from megatron_klong.model.hf_config import Glm4MoeConfig, config_json
 from megatron_klong.model.weights import load_weights, random_weights, safetensors_weights
@@ -46,30 +46,29 @@ class Trainer:
     hf_config: Path
 
 
-def build_trainer(config: SftConfig, hf: Glm4MoeConfig, platform: Platform) -> Trainer:
+def build_trainer(settings: TrainerSettings, hf: Glm4MoeConfig, platform: Platform) -> Trainer:
     """Build the model with its first weights, and the optimizer over them."""
-    dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
-    row_tokens = config.data.row_length
-    model = build_model(hf, config.parallel, dtype, row_tokens).to(platform.device)
-    _first_weights(model, config, hf)
+    dtype = torch.float32 if settings.model.precision == "fp32" else torch.bfloat16
+    model = build_model(hf, settings.parallel, dtype, settings.row_tokens).to(platform.device)
+    _first_weights(model, settings, hf)
     wrapped = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
         model,
     )
-    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), [wrapped])
+    optimizer = get_megatron_optimizer(_optimizer_config(settings.optimizer, dtype), [wrapped])
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
-    scheduler = _scheduler(config.optimizer, config.training.steps, optimizer)
-    config_file = config_json(config.model.hf_config)
-    return Trainer(wrapped, optimizer, scheduler, platform.device, row_tokens, config_file)
+    scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
+    config_file = config_json(settings.model.hf_config)
+    return Trainer(wrapped, optimizer, scheduler, platform.device, settings.row_tokens, config_file)
 
 
-def _first_weights(model: GPTModel, config: SftConfig, hf: Glm4MoeConfig) -> None:
+def _first_weights(model: GPTModel, settings: TrainerSettings, hf: Glm4MoeConfig) -> None:
     """The weights that a run starts from: fresh, of a Hugging Face folder, or of a checkpoint."""
-    weights = config.model.weights
+    weights = settings.model.weights
     if weights is None:
-        load_weights(model, hf, random_weights(hf, config.run.seed))
+        load_weights(model, hf, random_weights(hf, settings.seed))
     elif is_checkpoint(weights):
         load_model(model, weights)
     else:

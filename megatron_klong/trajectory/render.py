@@ -38,6 +38,19 @@ class Control:
 Piece = str | Control
 
 
+@dataclass(frozen=True)
+class ParsedAction:
+    """What an assistant wrote.
+
+    Attributes:
+        message: its content, reasoning and calls; where it is malformed, all of the text as content.
+        problem: what is malformed in it, for the one who wrote it; None where all is well.
+    """
+
+    message: Message
+    problem: str | None = None
+
+
 class ChatFormat(Protocol):
     """How one model family writes a conversation."""
 
@@ -47,6 +60,11 @@ class ChatFormat(Protocol):
     @property
     def controls(self) -> tuple[str, ...]:
         """Every control token the format uses."""
+        ...
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The control tokens at which generation of an assistant message ends."""
         ...
 
     def opening(self) -> list[Piece]:
@@ -59,6 +77,15 @@ class ChatFormat(Protocol):
 
     def action(self, message: Message, *, last: bool) -> list[Piece]:
         """What the assistant produces, without its stop token; ``last`` of the conversation."""
+        ...
+
+    def parse(self, text: str, tools: Sequence[Json]) -> ParsedAction:
+        """The inverse of :meth:`action`: what an assistant wrote, as a message.
+
+        Args:
+            text: without its stop token.
+            tools: descriptions of the tools; an argument that is no string there is read as JSON.
+        """
         ...
 
     def stop(self, answer: Sequence[Message]) -> Control:
@@ -108,6 +135,7 @@ class Renderer:
         tokenizer.encode_special_tokens = True
         self._control_ids = {token: self._control_id(token) for token in chat_format.controls}
         self.opening_ids = self.encode(chat_format.opening())
+        self.stop_ids = tuple(self._control_ids[token] for token in chat_format.stops)
 
     def _control_id(self, token: str) -> int:
         token_id: int | None = self._tokenizer.token_to_id(token)
@@ -153,14 +181,27 @@ class Renderer:
         for number, turn in enumerate(parts):
             ends = number == len(parts) - 1 and not turn.answer
             pieces = self.format.action(turn.action, last=ends)
-            stop = None if turn.action.cut else self.format.stop(turn.answer)
-            answer = [] if ends else self.format.answer(turn.answer)
-            if stop is not None:
-                pieces = [*pieces, stop]
-                answer = answer[1:] if answer[:1] == [stop] else answer
-            rendered.append(RenderedTurn(self.opening_ids + self.encode(pieces), self.encode(answer)))
-        initial = self.format.initial(initial_messages(trajectory.messages), trajectory.tools)
-        return RenderedTrajectory(self.encode(initial), tuple(rendered))
+            if not turn.action.cut:
+                pieces = [*pieces, self.format.stop(turn.answer)]
+            action_ids = self.opening_ids + self.encode(pieces)
+            answer_ids = () if ends else self.answer_ids(turn.answer, action_ids)
+            rendered.append(RenderedTurn(action_ids, answer_ids))
+        initial_ids = self.initial_ids(initial_messages(trajectory.messages), trajectory.tools)
+        return RenderedTrajectory(initial_ids, tuple(rendered))
+
+    def initial_ids(self, messages: Sequence[Message], tools: Sequence[Json]) -> tuple[int, ...]:
+        """Ids of the messages before the first action."""
+        return self.encode(self.format.initial(messages, tools))
+
+    def answer_ids(self, messages: Sequence[Message], action_ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids of what answers an action; without its first token where the action ends with that."""
+        ids = self.encode(self.format.answer(messages))
+        return ids[1:] if ids[:1] == tuple(action_ids[-1:]) and ids[0] in self.stop_ids else ids
+
+    def parse_action(self, ids: Sequence[int], tools: Sequence[Json]) -> ParsedAction:
+        """The message that sampled ids (the opening left out) stand for."""
+        text = self.decode(ids[:-1] if ids[-1:] and ids[-1] in self.stop_ids else ids)
+        return self.format.parse(text, tools)
 
 
 def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:

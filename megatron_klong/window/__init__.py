@@ -9,7 +9,7 @@ from megatron_klong.window.facts import (
     TurnFacts,
     Window,
 )
-from megatron_klong.window.truncation import Kept, truncate
+from megatron_klong.window.truncation import Kept, truncate, truncate_ids
 
 __all__ = [
     "Context",
@@ -22,4 +22,5 @@ __all__ = [
     "Window",
     "WindowCursor",
     "truncate",
+    "truncate_ids",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -25,3 +26,11 @@ def truncate(length: int, cap: int, note: int) -> Kept:
         return Kept(head=length, tail=0, whole=True)
     tail = (cap - note) // 2
     return Kept(head=cap - note - tail, tail=tail, whole=False)
+
+
+def truncate_ids(ids: Sequence[int], cap: int, note_ids: Sequence[int]) -> tuple[int, ...]:
+    """A block of token ids, shortened by :func:`truncate`."""
+    kept = truncate(len(ids), cap, len(note_ids))
+    if kept.whole:
+        return tuple(ids)
+    return (*ids[: kept.head], *note_ids, *ids[len(ids) - kept.tail :])

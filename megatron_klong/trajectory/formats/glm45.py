@@ -8,11 +8,14 @@ reasoning is kept, also before the last user message.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from megatron_klong.trajectory.formats.parsing import argument_type, parse_action, typed_argument
 from megatron_klong.trajectory.formats.reasoning import split_reasoning
-from megatron_klong.trajectory.render import Control, Piece
+from megatron_klong.trajectory.render import Control, ParsedAction, Piece
 from megatron_klong.trajectory.schema import Json, Message, ToolCall
 
 _USER, _SYSTEM = Control("<|user|>"), Control("<|system|>")
@@ -51,6 +54,7 @@ class Glm45Format:
         "<|observation|>",
         "<|endoftext|>",
     )
+    stops = ("<|observation|>", "<|user|>", "<|endoftext|>")
 
     def opening(self) -> list[Piece]:
         return [_ASSISTANT]
@@ -68,6 +72,9 @@ class Glm45Format:
         if content.strip():
             text += "\n" + content.strip()
         return [text + "".join(_call(call) for call in message.tool_calls)]
+
+    def parse(self, text: str, tools: Sequence[Json]) -> ParsedAction:
+        return parse_action(text, partial(_parse_call, tools=tools))
 
     def stop(self, answer: Sequence[Message]) -> Control:
         return _OBSERVATION if answer and answer[0].role == "tool" else _USER
@@ -96,6 +103,27 @@ def _call(call: ToolCall) -> str:
         for key, value in call.arguments.items()
     )
     return f"\n<tool_call>{call.name}\n{arguments}</tool_call>"
+
+
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+def _parse_call(text: str, tools: Sequence[Json]) -> ToolCall | str:
+    """One call, without its tags; or what is wrong with it."""
+    place = text.find("<arg_key>") if "<arg_key>" in text else len(text)
+    name = text[:place].strip()
+    if not name or "\n" in name:
+        return "a call without the name of a tool"
+    arguments: Json = {}
+    while match := _ARGUMENT.match(text, place):
+        key, value = match[1].strip(), match[2]
+        if key in arguments:
+            return f"argument {key!r} of {name} is given twice"
+        arguments[key] = typed_argument(value, argument_type(tools, name, key))
+        place = match.end()
+    if text[place:].strip():
+        return f"the arguments of {name} are not pairs of <arg_key> and <arg_value>"
+    return ToolCall(name, arguments)
 
 
 def _json(value: Any) -> str:

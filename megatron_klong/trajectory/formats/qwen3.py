@@ -12,8 +12,9 @@ import json
 from collections.abc import Sequence
 from itertools import groupby
 
+from megatron_klong.trajectory.formats.parsing import parse_action
 from megatron_klong.trajectory.formats.reasoning import split_reasoning
-from megatron_klong.trajectory.render import Control, Piece
+from megatron_klong.trajectory.render import Control, ParsedAction, Piece
 from megatron_klong.trajectory.schema import Json, Message, ToolCall
 
 _START, _END = Control("<|im_start|>"), Control("<|im_end|>")
@@ -38,6 +39,7 @@ class Qwen3Format:
 
     name = "qwen3"
     controls = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    stops = ("<|im_end|>", "<|endoftext|>")
 
     def opening(self) -> list[Piece]:
         return [_START, "assistant\n"]
@@ -60,6 +62,9 @@ class Qwen3Format:
             text = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
         calls = [_call(call) for call in message.tool_calls]
         return ["\n".join([text, *calls] if content or not calls else [text + calls[0], *calls[1:]])]
+
+    def parse(self, text: str, tools: Sequence[Json]) -> ParsedAction:
+        return parse_action(text, _parse_call)
 
     def stop(self, answer: Sequence[Message]) -> Control:
         return _END
@@ -90,3 +95,15 @@ def _message(role: str, text: str) -> list[Piece]:
 def _call(call: ToolCall) -> str:
     arguments = json.dumps(call.arguments, ensure_ascii=False)
     return f'<tool_call>\n{{"name": "{call.name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def _parse_call(text: str) -> ToolCall | str:
+    """One call, without its tags; or what is wrong with it."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return f"no JSON: {error}"
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return 'not {"name": ..., "arguments": {...}}'
+    arguments = value.get("arguments", {})
+    return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else "arguments is no object"

@@ -1,0 +1,1 @@
+"""Grading: rubric trees, and checks that are carried out in a sandbox."""

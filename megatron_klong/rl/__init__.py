@@ -1,0 +1,1 @@
+"""Progressive reinforcement learning: rollouts, experience, batches, and the trainer's part."""

@@ -1,0 +1,166 @@
+"""What a reinforcement learning run says of itself: lines, a live count, ``metrics.jsonl``, a summary."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from megatron_klong.config import RlConfig
+from megatron_klong.rl.exchange import Done, Exchange
+from megatron_klong.rl.statistics import Mean, mean_of
+from megatron_klong.rollout.journal import Journal, RolloutRecord
+from megatron_klong.training.run_directory import RunDirectory, replace_text
+
+
+class Display(Protocol):
+    """Where a person looks."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+    def phase(self, what: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
+        """What is being done; the function counts one of ``total`` done."""
+        ...
+
+
+class Evaluation(BaseModel):
+    """Held-out tasks, graded under the weights after an iteration; one mean grade for each task."""
+
+    iteration: int
+    grades: Mean
+
+
+class IterationSummary(BaseModel):
+    """One iteration."""
+
+    iteration: int
+    stage: int
+    grades: Mean
+    stops: dict[str, int]
+    loss: float
+    clipped: float
+    sync_difference: float
+
+
+class RlSummary(BaseModel):
+    """A whole run, made of its journal and its messages.
+
+    Attributes:
+        contexts_checked: rollouts whose every prompt was compared with the training windows.
+        seconds: by phase; of the last start where the run was interrupted.
+    """
+
+    evaluations: list[Evaluation]
+    iterations: list[IterationSummary]
+    rollouts: int
+    failed_rollouts: int
+    contexts_checked: int
+    seconds: dict[str, float]
+
+
+class RlLog:
+    """Writes what happens; the summary is made of what is on disk, so interruptions leave no gap in it."""
+
+    def __init__(self, run: RunDirectory, config: RlConfig, display: Display) -> None:
+        self._run = run
+        self._config = config
+        self._display = display
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def resume(self, iteration: int) -> None:
+        """What was written after ``iteration`` comes again."""
+        self._run.truncate_metrics(iteration)
+        if iteration:
+            self._display.say(f"resumed after iteration {iteration}")
+
+    def rolled_out(
+        self, iteration: int, stage: int, records: Sequence[RolloutRecord], seconds: float
+    ) -> None:
+        """An iteration has its rollouts."""
+        self._seconds["rollouts"] += seconds
+        grades, stops = grades_by_task(records), stops_of(records)
+        tokens = sum(record.generated_tokens or 0 for record in records)
+        self._write("rollouts", iteration, stage=stage, grade=grades.mean, stops=stops, seconds=seconds,
+                    rollouts=len(records), generated_tokens=tokens)  # fmt: skip
+        ended = ", ".join(f"{count} {reason}" for reason, count in stops.items())
+        self._display.say(
+            f"iteration {iteration:>3}/{self._config.iterations}  stage {stage + 1}  grade {grades}  "
+            f"({ended})  {tokens:,} tokens in {seconds:.0f} s"
+        )
+
+    def trained(self, iteration: int, done: Done) -> None:
+        """A batch is trained on, and its weights are served."""
+        self._seconds["training"] += done.seconds - done.served.seconds
+        self._seconds["sync"] += done.served.seconds
+        self._write("update", iteration, updates=[update.model_dump() for update in done.updates],
+                    sync=done.served.model_dump(), seconds=done.seconds)  # fmt: skip
+
+    def evaluated(self, iteration: int, records: Sequence[RolloutRecord], seconds: float) -> None:
+        """The held-out tasks are graded."""
+        self._seconds["evaluation"] += seconds
+        grades = grades_by_task(records)
+        self._write("evaluation", iteration, grade=grades.mean, half_width=grades.half_width,
+                    tasks=grades.count, stops=stops_of(records), seconds=seconds)  # fmt: skip
+        self._display.say(
+            f"iteration {iteration:>3}/{self._config.iterations}  held-out grade {grades} "
+            f"({grades.count} tasks)"
+        )
+
+    def summarise(self, journal: Journal) -> None:
+        """Write ``summary.json``."""
+        summary = self._summary(journal)
+        replace_text(self._run.path / "summary.json", summary.model_dump_json(indent=1) + "\n")
+        moved = " -> ".join(str(evaluation.grades) for evaluation in summary.evaluations)
+        self._display.say(
+            f"done: held-out grade {moved or 'not taken'}; {summary.rollouts} rollouts, "
+            f"{summary.contexts_checked} with every context as trained; {self._run.path / 'summary.json'}"
+        )
+
+    def _summary(self, journal: Journal) -> RlSummary:
+        exchange = Exchange(self._run.exchange)
+        evaluations, iterations, records = [], [], []
+        for iteration in range(self._config.iterations + 1):
+            graded = journal.rollouts("evaluation", iteration)
+            if graded:
+                evaluations.append(Evaluation(iteration=iteration, grades=grades_by_task(graded)))
+            trained = journal.rollouts("train", iteration)
+            done = exchange.heard(f"done-{iteration}", Done)
+            if trained and done is not None:
+                last = done.updates[-1] if done.updates else None
+                iterations.append(
+                    IterationSummary(
+                        iteration=iteration, stage=trained[0].stage, grades=grades_by_task(trained),
+                        stops=stops_of(trained), loss=last.loss if last else 0.0,
+                        clipped=last.clipped if last else 0.0, sync_difference=done.served.difference,
+                    )
+                )  # fmt: skip
+            records += graded + trained
+        failed = sum(record.score is None for record in records)
+        return RlSummary(
+            evaluations=evaluations, iterations=iterations, rollouts=len(records), failed_rollouts=failed,
+            contexts_checked=len(records) - failed, seconds=dict(self._seconds),
+        )  # fmt: skip
+
+    def _write(self, kind: str, iteration: int, **values: Any) -> None:
+        with self._run.metrics.open("a") as stream:
+            stream.write(json.dumps({"kind": kind, "step": iteration, **values}) + "\n")
+
+
+def grades_by_task(records: Sequence[RolloutRecord]) -> Mean:
+    """The mean over tasks of the mean grade of their rollouts; rollouts of a task are not independent."""
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        if record.score is not None:
+            scores.setdefault(record.task_id, []).append(record.score)
+    return mean_of([sum(given) / len(given) for given in scores.values()])
+
+
+def stops_of(records: Sequence[RolloutRecord]) -> dict[str, int]:
+    """How many rollouts ended why; failures of infrastructure among them."""
+    return dict(Counter(str(record.stop or "failed") for record in records).most_common())

@@ -1,0 +1,196 @@
+"""The trainer's loop of a reinforcement learning run: batches in, checkpoints and served weights out."""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from megatron_klong.config import RlConfig
+from megatron_klong.inference.fleet import Fleet
+from megatron_klong.inference.sync import Probe, SyncError, WeightSync
+from megatron_klong.inference.transfers import trainer_init_info
+from megatron_klong.inference.weight_source import SENDER, MegatronWeightSource
+from megatron_klong.inference.wire import ServerError
+from megatron_klong.model.hf_config import load_hf_config
+from megatron_klong.platform import Platform
+from megatron_klong.rl.batches import batch_folder, read_batch
+from megatron_klong.rl.exchange import Done, Exchange, Finished, Served, UpdateMetrics
+from megatron_klong.rl.learner import Learner
+from megatron_klong.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_klong.training.run_directory import RunDirectory
+from megatron_klong.training.score import score_tokens
+from megatron_klong.training.trainer import build_trainer
+
+_POLL_SECONDS = 0.1
+_RETRY_SECONDS = 2.0
+_PROBES = 3
+
+Shared = TypeVar("Shared")
+
+
+@dataclass(frozen=True)
+class RlProgress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        iteration: batches trained on.
+        lineage: names the run in the versions of its weights.
+        consumed: ids of all groups that were trained on.
+    """
+
+    step: int
+    iteration: int
+    lineage: str
+    consumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done next."""
+
+    kind: Literal["batch", "sync", "end"]
+    number: int = 0
+
+
+def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
+    """Train on every batch that appears, in order, until the orchestrator has finished.
+
+    A checkpoint follows every batch, before its weights are served: so no weights are served that could be
+    lost, and after a restart each batch is either in the checkpoint, or trained on from the same start.
+    """
+    run, exchange = RunDirectory(config.run.dir), Exchange(RunDirectory(config.run.dir).exchange)
+    hf = load_hf_config(config.model.hf_config)
+    trainer = build_trainer(config.trainer_settings, hf, platform)
+    learner = Learner(trainer, config)
+    progress = RlProgress(0, 0, _first(lambda: uuid.uuid4().hex[:8]), ())
+    saved = latest_checkpoint(run.checkpoints)
+    if saved is not None:
+        progress = load_checkpoint(trainer, saved, RlProgress)
+        _say(f"resumed from {saved.name}: iteration {progress.iteration} is trained on")
+    serving = Serving(config, exchange, MegatronWeightSource(trainer.model.module, hf))
+
+    def serve() -> Served:
+        return serving.until_served(progress, score_tokens(trainer, serving.prompts))
+
+    if progress.iteration and _first(lambda: exchange.heard(f"done-{progress.iteration}", Done)) is None:
+        # It ended between its checkpoint and the word of it.
+        _tell(exchange, f"done-{progress.iteration}", Done(served=serve(), updates=(), seconds=0.0))
+    answered = 0
+    while (work := _next_work(run, exchange, progress.iteration, answered)).kind != "end":
+        if work.kind == "sync":
+            _tell(exchange, f"served-{work.number}", serve())
+            answered = work.number
+            continue
+        start = time.monotonic()
+        batch = read_batch(run.batches, work.number)
+        assert not set(batch.header.groups) & set(progress.consumed), "a group would be trained on twice"
+        updates: tuple[UpdateMetrics, ...] = learner.learn(batch)
+        progress = RlProgress(
+            progress.step + len(updates),
+            work.number,
+            progress.lineage,
+            (*progress.consumed, *batch.header.groups),
+        )
+        save_checkpoint(trainer, progress, run.checkpoints, config.trainer.keep_last)
+        served = serve()
+        seconds = time.monotonic() - start
+        _tell(exchange, f"done-{work.number}", Done(served=served, updates=updates, seconds=seconds))
+        _say(
+            f"iteration {work.number}: loss {updates[0].loss:+.4f}, {seconds:.1f} s; serving {served.version}"
+        )
+
+
+class Serving:
+    """Brings weights to the servers, as often as it takes."""
+
+    def __init__(self, config: RlConfig, exchange: Exchange, source: MegatronWeightSource) -> None:
+        self._config = config
+        self._exchange = exchange
+        self._source = source
+        self._sync: tuple[tuple[str, ...], WeightSync] | None = None
+        random = np.random.default_rng(0)
+        vocab, longest = load_hf_config(config.model.hf_config).vocab_size, config.window.max_tokens
+        lengths = [max(2, longest // 2**n - 1) for n in range(_PROBES)]
+        self.prompts = [tuple(int(t) for t in random.integers(0, vocab, length)) for length in lengths]
+        """Token ids that the servers' log-probs are compared on."""
+
+    def until_served(self, progress: RlProgress, log_probs: list[tuple[float, ...]]) -> Served:
+        """Sync, and again after a failure, until all servers serve these weights; collective.
+
+        Args:
+            progress: names the version.
+            log_probs: the trainer's, of :attr:`prompts`.
+        """
+        version = f"{progress.lineage}:{progress.iteration}"
+        probes = [Probe(ids, given) for ids, given in zip(self.prompts, log_probs)]
+        while True:
+            start = time.monotonic()
+            try:
+                report = self._connected().run(version, probes)
+            except (SyncError, ServerError) as error:
+                _say(f"not served yet: {error}")
+                self._sync = None  # its servers may come back elsewhere
+                time.sleep(_RETRY_SECONDS)
+                continue
+            return Served(
+                iteration=progress.iteration, version=version, difference=report.difference,
+                bytes=report.bytes, seconds=time.monotonic() - start,
+            )  # fmt: skip
+
+    def _connected(self) -> WeightSync:
+        count = self._config.servers
+        urls = tuple(_first(lambda: self._wait_for_servers(count)))
+        if self._sync is None or self._sync[0] != urls:
+            rank = torch.distributed.get_rank()
+            fleet = Fleet(urls) if rank == SENDER else None
+            way = self._config.server.transfer
+            info = trainer_init_info(way, rank, fleet, self._source, self._config.trainer.chunk_bytes)
+            self._sync = urls, WeightSync(self._source, info, fleet, self._config.trainer.sync_tolerance)
+        return self._sync[1]
+
+    def _wait_for_servers(self, count: int) -> list[str]:
+        while len(urls := self._exchange.server_urls(count)) < count:
+            time.sleep(_POLL_SECONDS)
+        return urls
+
+
+def _next_work(run: RunDirectory, exchange: Exchange, iteration: int, answered: int) -> Work:
+    """Wait for a batch, a request or the end; all ranks learn the same."""
+
+    def wait() -> Work:
+        while True:
+            request = exchange.last_request()
+            if request > answered and exchange.heard(f"served-{request}", Served) is None:
+                return Work("sync", request)
+            if batch_folder(run.batches, iteration + 1).is_dir():
+                return Work("batch", iteration + 1)
+            if exchange.heard("finished", Finished) is not None:
+                return Work("end")
+            time.sleep(_POLL_SECONDS)
+
+    return _first(wait)
+
+
+def _first(work: Callable[[], Shared]) -> Shared:
+    """Do it on the first rank; all get its result."""
+    shared: list[Shared | None] = [work() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(shared, 0)
+    return shared[0]  # type: ignore[return-value]
+
+
+def _tell(exchange: Exchange, name: str, message: Served | Done) -> None:
+    if torch.distributed.get_rank() == 0:
+        exchange.tell(name, message)
+
+
+def _say(text: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(f"trainer: {text}", file=sys.stderr, flush=True)

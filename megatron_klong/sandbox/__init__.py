@@ -1,0 +1,1 @@
+"""Where agents' commands run: a protocol, and its backends."""

@@ -1,0 +1,85 @@
+"""The sandbox protocol: a place without network where commands of a model may do as they like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from megatron_klong.config.sandbox import SandboxConfig
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed or is gone; not what a command in it did."""
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What a sandbox is opened with.
+
+    Attributes:
+        limits: memory, processes, disk, output, time of one command.
+        read_only: folders of this machine to show, by the absolute path they get inside.
+        path: folders (inside) that come first in the search for programs.
+    """
+
+    limits: SandboxConfig
+    read_only: Mapping[str, Path] = field(default_factory=dict)
+    path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command did.
+
+    Attributes:
+        exit_code: negative for a signal; None when it was ended at its time limit.
+        output: stdout and stderr as they came, undecodable bytes replaced, the middle left out where
+            it was longer than the limit.
+        seconds: how long it ran.
+    """
+
+    exit_code: int | None
+    output: str
+    seconds: float
+
+
+class Sandbox(Protocol):
+    """One sandbox. Calls are answered one after another; all raise :class:`SandboxError`.
+
+    Not promised: protection against faults of the kernel, or a fair share of CPU and disk bandwidth
+    between sandboxes.
+    """
+
+    async def run(self, command: str, timeout_seconds: float) -> CommandResult:
+        """Run a command line by bash in the working folder. What it leaves in the background goes on."""
+        ...
+
+    async def write_file(self, path: str, content: bytes) -> str | None:
+        """Write a file, folders above it too; what was wrong (such as a full disk), or None."""
+        ...
+
+    async def archive(self, target: Path) -> tuple[str, ...]:
+        """Write the working folder as a tar file here; names of what was too large to take."""
+        ...
+
+    async def unpack(self, archive: Path) -> None:
+        """Put the content of such a tar file into the working folder."""
+        ...
+
+    async def close(self) -> None:
+        """End everything in it, and forget its files."""
+        ...
+
+
+class SandboxBackend(Protocol):
+    """A way of making sandboxes."""
+
+    async def open(self, spec: SandboxSpec) -> Sandbox:
+        """Make one.
+
+        Raises:
+            SandboxError: it could not be made.
+        """
+        ...
