@@ -12,53 +12,59 @@ from megatron_klong.factory.generate import generate_domain
 from megatron_klong.factory.replication import (
     ReplicationEnvironment,
     ReplicationTask,
+    experiments_done,
     expert_trajectory,
     generate_tasks,
 )
 from megatron_klong.trajectory.importing import read_imported
 from megatron_klong.trajectory.render import load_renderer
+from megatron_klong.trajectory.schema import ToolCall
 
 TASK = ReplicationTask("t", key=7, measurements=("42", "90", "05"))
 
 
+def calls_of(experiments: int | None = None) -> list[tuple[str, dict[str, str]]]:
+    trajectory = expert_trajectory(TASK, experiments)
+    return [(call.name, call.arguments) for message in trajectory.messages for call in message.tool_calls]
+
+
 def test_the_expert_solves_a_task_through_its_tools() -> None:
-    trajectory = expert_trajectory(TASK)
-    acts = [(call.name, call.arguments) for message in trajectory.messages for call in message.tool_calls]
-    assert acts == [
+    assert calls_of() == [
         ("read_paper", {"section": "method"}),
         ("bash", {"command": "run 01"}),
-        ("write_file", {"path": "01", "content": "421"}),
+        ("write_file", {"path": "01", "content": "427"}),
         ("bash", {"command": "run 02"}),
-        ("write_file", {"path": "02", "content": "906"}),
+        ("write_file", {"path": "02", "content": "907"}),
         ("bash", {"command": "run 03"}),
         ("write_file", {"path": "03", "content": "057"}),
         ("submit", {}),
     ]
-    assert trajectory.reward == 1.0
+    assert expert_trajectory(TASK).reward == 1.0
+
+
+def test_a_hurried_expert_hands_in_early_and_earns_less() -> None:
+    assert calls_of(1) == [*calls_of()[:3], ("submit", {})]
+    assert expert_trajectory(TASK, 1).reward == pytest.approx(1 / 3)
+    tasks = list(generate_tasks(300, 3, (5, 9)))
+    done = [experiments_done(task, 0.8) for task in tasks]
+    assert all(1 <= count <= len(task.measurements) for count, task in zip(done, tasks))
+    hurried = sum(count < len(task.measurements) for count, task in zip(done, tasks))
+    assert 0.7 < hurried / 300 < 0.9
+    assert [experiments_done(task, 0.0) for task in tasks] == [len(task.measurements) for task in tasks]
 
 
 def test_wrong_work_earns_less() -> None:
     environment = ReplicationEnvironment(TASK)
     assert environment.grade() == 0.0
-    environment.call("write_file", {"path": "01", "content": "421"})
-    environment.call("write_file", {"path": "02", "content": "900"})
+    environment.call(ToolCall("write_file", {"path": "01", "content": "427"}))
+    environment.call(ToolCall("write_file", {"path": "02", "content": "900"}))
     assert environment.grade() == pytest.approx(1 / 3)
     # An expert that works from another key fails: nothing but the paper tells it.
-    wrong = replace(TASK, key=8)
-    replayed = ReplicationEnvironment(wrong)
+    replayed = ReplicationEnvironment(replace(TASK, key=8))
     for message in expert_trajectory(TASK).messages:
         for call in message.tool_calls:
-            replayed.call(call.name, call.arguments)
+            replayed.call(call)
     assert replayed.grade() == 0.0
-
-
-def test_wrong_calls_are_answered_not_raised() -> None:
-    environment = ReplicationEnvironment(TASK)
-    assert environment.call("bash", {"command": "rm -rf /"}) == "No such command."
-    assert environment.call("bash", {"command": "run 99"}) == "No such command."
-    assert environment.call("read_paper", {}) == "No such section."
-    assert environment.call("write_file", {"path": "01"}) == "No such tool, or arguments are missing."
-    assert environment.call("dance", {}) == "No such tool, or arguments are missing."
 
 
 def test_tasks_come_from_the_seed() -> None:

@@ -56,7 +56,7 @@ async def orchestrate(config: RlConfig, display: Display) -> None:
 
 
 @dataclass(frozen=True)
-class _Inserted:
+class InsertedTokens:
     """See :class:`megatron_klong.data.windows.InsertedIds`."""
 
     opening_ids: tuple[int, ...]
@@ -73,7 +73,9 @@ class Orchestrator:
         self._display = display
         self.log = RlLog(run, config, display)
         renderer = load_renderer(config.renderer, config.tokenizer)
-        inserted = _Inserted(renderer.opening_ids, renderer.marker(MARKER_TEXT), renderer.note(NOTE_TEXT))
+        inserted = InsertedTokens(
+            renderer.opening_ids, renderer.marker(MARKER_TEXT), renderer.note(NOTE_TEXT)
+        )
         rule = ContextWindow.from_config(
             config.window, marker_tokens=len(inserted.marker_ids),
             opener_tokens=len(inserted.opening_ids), note_tokens=len(inserted.note_ids),
@@ -167,7 +169,7 @@ def _graded(records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
     return [record for record in records if record.score is not None]
 
 
-def _agent(config: RlConfig, renderer: Renderer, rule: ContextWindow, inserted: _Inserted) -> Agent:
+def _agent(config: RlConfig, renderer: Renderer, rule: ContextWindow, inserted: InsertedTokens) -> Agent:
     return Agent(
         renderer=renderer,
         rule=rule,

@@ -60,7 +60,7 @@ def prepare_run(config: RlConfig, *, fresh: bool = False) -> RunDirectory:
     """
     hf = check_rl(config)
     run = RunDirectory(config.run.dir)
-    with run.locked("prepare"):
+    with run.locked("prepare", wait=True):
         run.prepare(config, identity_of(config, _CHANGEABLE, hf), fresh=fresh)
     Exchange(run.exchange)
     return run

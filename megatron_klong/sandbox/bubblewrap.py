@@ -55,7 +55,9 @@ class Bubblewrap:
 
         Raises:
             SandboxError: bwrap refused; says what it said.
+            ValueError: a folder to show is closed to the sandbox's user.
         """
+        _require_open(spec)
         user = next(self._users)
         group = memory_group(f"klong-{os.getpid()}-{user}", spec.limits.memory_mib << 20)
         command = [*_bwrap(spec), *(_as_user(user) if os.getuid() == 0 else ()), *_server(spec.limits)]
@@ -175,6 +177,15 @@ class BubblewrapSandbox:
                 said = await self._process.stderr.read(4096)
         text = " ".join(said.decode(errors="replace").split())
         return f"it ended: {text}" if text else "it ended; its processes may have been killed from inside"
+
+
+def _require_open(spec: SandboxSpec) -> None:
+    for folder in spec.read_only.values():
+        if os.getuid() == 0 and folder.is_dir() and folder.stat().st_mode & 0o5 != 0o5:
+            raise ValueError(
+                f"sandbox: {folder} is closed to other users, and the sandbox has a user of its own; "
+                f"chmod -R a+rX {folder}"
+            )
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:

@@ -46,11 +46,12 @@ class RunDirectory:
         self.exchange = path / "exchange"
 
     @contextmanager
-    def locked(self, part: str = "run") -> Iterator[None]:
+    def locked(self, part: str = "run", *, wait: bool = False) -> Iterator[None]:
         """Hold the directory for one process.
 
         Args:
             part: what of the run this process is, where several work in one directory.
+            wait: for another process that holds it, instead of an error.
 
         Raises:
             ValueError: another process holds it, or it cannot be written.
@@ -62,7 +63,7 @@ class RunDirectory:
             raise ValueError(f"run.dir={self.path}: {error.strerror}") from error
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise ValueError(
                     f"run.dir={self.path}: another process is running in it ({part}); wait for it, or "

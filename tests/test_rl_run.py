@@ -1,0 +1,271 @@
+"""Whole runs of `klong rl`: real vLLM, real Megatron on two ranks, real sandboxes; and deaths at any moment.
+
+The model is a tiny random one, which writes nothing sensible. Its work is graded by the length of what it
+left, so grades differ and there is something to learn from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_klong.checks.tiny import write_tiny_model
+from megatron_klong.data.header import MARKER_TEXT, NOTE_TEXT
+from megatron_klong.factory.generate import generate_domain
+from megatron_klong.rl.batches import read_batch
+from megatron_klong.rl.exchange import Done, Exchange
+from megatron_klong.rl.report import RlSummary
+
+pytestmark = pytest.mark.timeout(900)
+ITERATIONS, GROUPS, MEMBERS = 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, tokenizer, tasks; each task has a check that gives a part of the grade by chance."""
+    folder = tmp_path_factory.mktemp("inputs")
+    generate_domain(folder / "domain", count=3, seed=1, renderer="glm-4.5", experiments=(2, 3),
+                    inserted_texts=(MARKER_TEXT, NOTE_TEXT))  # fmt: skip
+    for checks in (folder / "domain" / "tasks").glob("*/checks.json"):
+        leaves = json.loads(checks.read_text())
+        random = {"command": "echo score: 0.$((RANDOM % 10))"}
+        checks.write_text(json.dumps(dict.fromkeys(leaves, random)))
+    write_tiny_model(folder / "model", "fp32", vocab_size=288)
+    return folder
+
+
+def write_config(folder: Path, inputs: Path) -> Path:
+    config = {
+        "run": {"dir": str(folder / "run"), "seed": 1},
+        "model": {"hf_config": str(inputs / "model"), "weights": str(inputs / "model"), "precision": "fp32"},
+        "tokenizer": str(inputs / "domain" / "tokenizer"),
+        "window": {"max_tokens": 160, "overlap_tokens": 24, "reserve_generation": 12,
+                   "reserve_observation": 40, "max_prefix_fraction": 0.4},
+        "parallel": {"expert": 2},
+        "optimizer": {"lr": 1e-3, "schedule": "constant"},
+        "server": {"model": str(inputs / "model"), "dtype": "float32", "max_model_len": 160},
+        "sandbox": {"memory_mib": 128, "processes": 16, "disk_mib": 1},
+        "tasks": {"train": str(inputs / "domain" / "tasks"), "held_out": str(inputs / "domain" / "tasks")},
+        "rollout": {"groups": GROUPS, "group_size": MEMBERS, "clock": "token", "tokens_per_call": 1},
+        "objective": {"updates": 2, "kl": 0.01},
+        "stages": [{"limit": 60, "iterations": 2}, {"limit": 120, "iterations": 1}],
+        "max_restarts": 9,
+    }  # fmt: skip
+    file = folder / "rl.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+class Run:
+    """A started `klong rl`, and a look at what it wrote."""
+
+    def __init__(self, folder: Path, inputs: Path) -> None:
+        self.config = write_config(folder, inputs)
+        self.folder = folder / "run"
+        self.log = folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_klong.cli", "rl", str(self.config)], stdout=log, stderr=log
+            )
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(600)
+
+    def until(self, what: Callable[[], object], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process is not None
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def kill(self, pattern: str) -> None:
+        """`kill -9` every process of this run whose command line matches."""
+        found = [
+            pid for pid, line in commands().items() if str(self.folder) in line and re.search(pattern, line)
+        ]
+        assert found, f"nothing matches {pattern}"
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        logs = [self.log, *self.folder.glob("logs/**/*.log")]
+        return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+
+    def rows(self, columns: str, where: str = "1") -> list[tuple[object, ...]]:
+        with sqlite3.connect(f"file:{self.folder}/rollouts/journal.sqlite?mode=ro", uri=True) as db:
+            return db.execute(f"SELECT {columns} FROM rollouts WHERE {where} ORDER BY id").fetchall()
+
+    def played(self, purpose: str, iteration: int) -> int:
+        if not (self.folder / "rollouts" / "journal.sqlite").is_file():
+            return 0
+        try:
+            return len(self.rows("id", f"purpose = '{purpose}' AND iteration = {iteration}"))
+        except sqlite3.OperationalError:
+            return 0  # its tables are not there yet
+
+    def done(self, iteration: int) -> Done | None:
+        return Exchange(self.folder / "exchange").heard(f"done-{iteration}", Done)
+
+
+def commands() -> dict[int, str]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+    return found
+
+
+def check_complete(run: Run) -> None:
+    """Every rollout is there once, every batch was trained on once, in order, under the weights before it."""
+    expected = [(f"train-{i:05d}-{g:03d}-{m:02d}",) for i in range(1, ITERATIONS + 1)
+                for g in range(GROUPS) for m in range(MEMBERS)]  # fmt: skip
+    assert run.rows("id", "purpose = 'train'") == expected
+    assert {row[0] for row in run.rows("state")} == {"graded"}
+    consumed: list[str] = []
+    for iteration in range(1, ITERATIONS + 1):
+        batch = read_batch(run.folder / "batches", iteration)
+        assert list(batch.header.rollouts) == [row[0] for row in expected if f"-{iteration:05d}-" in row[0]]
+        scores = [row[0] for row in run.rows("score", f"purpose = 'train' AND iteration = {iteration}")]
+        assert list(batch.header.scores) == scores
+        lineage, _, number = batch.header.version.partition(":")
+        assert number == str(iteration - 1)
+        versions = {row[0] for row in run.rows("version", f"purpose = 'train' AND iteration = {iteration}")}
+        assert versions == {batch.header.version}
+        consumed += batch.header.groups
+        done = run.done(iteration)
+        assert done is not None and done.served.iteration == iteration
+        assert done.served.version == f"{lineage}:{iteration}"
+        assert done.served.difference < 1e-4
+    assert len(consumed) == len(set(consumed)) == ITERATIONS * GROUPS
+    saved = sorted((run.folder / "checkpoints").glob("step_*"))
+    assert saved[-1].name == f"step_{2 * ITERATIONS:08d}"  # two updates on each batch, no more
+    common = torch.load(saved[-1] / "common.pt", weights_only=False)
+    assert common["progress"]["iteration"] == ITERATIONS
+    assert list(common["progress"]["consumed"]) == consumed
+    summary = RlSummary.model_validate_json((run.folder / "summary.json").read_text())
+    assert [evaluation.iteration for evaluation in summary.evaluations] == [0, 2, 3]
+    assert summary.contexts_checked == summary.rollouts == ITERATIONS * GROUPS * MEMBERS + 3 * 3
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("undisturbed"), inputs)
+    run.start()
+    assert run.wait() == 0, run.said()
+    return run
+
+
+def test_a_whole_run(undisturbed: Run) -> None:
+    run = undisturbed
+    check_complete(run)
+    updates = [run.done(i).updates for i in range(1, ITERATIONS + 1)]  # type: ignore[union-attr]
+    assert all(len(each) == 2 for each in updates)
+    assert all(update.grad_norm > 0 for each in updates for update in each)
+    # The engine's log-probs are the trainer's: nothing was lost or mixed up on the way.
+    assert all(each[0].engine_difference < 1e-4 for each in updates)
+    assert all(each[0].ratio == pytest.approx(1, abs=1e-6) for each in updates)
+    stages = [read_batch(run.folder / "batches", i).header.stage for i in range(1, ITERATIONS + 1)]
+    assert stages == [0, 0, 1]
+    tokens = [
+        np.mean([row[0] for row in run.rows("generated_tokens", f"purpose='train' AND iteration={i}")])  # type: ignore[arg-type]
+        for i in (1, 3)
+    ]
+    assert 55 <= tokens[0] + 5 < tokens[1]  # the second stage has twice the time
+    windows = [len(read_batch(run.folder / "batches", i).segments) for i in (1, 3)]
+    assert windows[1] > GROUPS * MEMBERS  # episodes of several windows
+    said = run.log.read_text()
+    assert "iteration   3/3  held-out grade" in said and "done: held-out grade" in said
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == [
+        "evaluation", "rollouts", "update", "rollouts", "update", "evaluation", "rollouts", "update",
+        "evaluation",
+    ]  # fmt: skip
+    left = [line for line in commands().values() if str(run.folder) in line]
+    assert not left
+
+
+def test_a_finished_run_is_left_as_it_is(undisturbed: Run) -> None:
+    before = (undisturbed.folder / "summary.json").stat().st_mtime_ns
+    undisturbed.start()
+    assert undisturbed.wait() == 0
+    assert "this run has finished" in undisturbed.log.read_text()
+    assert (undisturbed.folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_deaths_of_every_process(inputs: Path, tmp_path: Path) -> None:
+    """`kill -9` of the server in rollouts, of the orchestrator in rollouts, of a trainer's rank in training,
+    and at last of the supervisor; each comes back, and nothing is lost or done twice."""
+    run = Run(tmp_path, inputs)
+    run.start()
+    run.until(lambda: run.played("train", 1) >= 2)
+    kept = run.rows("id, score, generated_tokens, conversation", "state = 'graded'")
+    run.kill(r"inference\.serve")
+    run.until(lambda: run.played("train", 1) >= 5)
+    run.kill("rl orchestrator")
+    run.until(lambda: (run.folder / "batches" / "00001").is_dir())
+    run.kill(r"rl\.worker")
+    run.until(lambda: run.played("train", 2) >= 3)
+    run.kill("rl trainer")
+    run.until(lambda: (run.folder / "batches" / "00002").is_dir())
+    assert run.process is not None
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    deadline = time.monotonic() + 30
+    while any(str(run.folder) in line for line in commands().values()):
+        assert time.monotonic() < deadline, "the supervisor's children outlive it"
+        time.sleep(0.1)
+    run.start()
+    assert run.wait() == 0, run.said()
+    check_complete(run)
+    after = {row[0]: row for row in run.rows("id, score, generated_tokens, conversation")}
+    assert all(after[row[0]] == row for row in kept)  # what was graded was not played again
+    said = run.log.read_text()
+    for name in ("orchestrator", "trainer", "server 0"):
+        assert f"the {name} " in said and "started again" in said
+
+
+def test_wrong_settings_are_told_before_anything_starts(inputs: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, inputs))
+
+    def refused(*arguments: str) -> str:
+        command = [sys.executable, "-m", "megatron_klong.cli", "rl", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 2, ended.stderr
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "server.max_model_len=100 is less than window.max_tokens=160" in refused(
+        config, "server.max_model_len=100"
+    )
+    assert "no folder in it has a task.json" in refused(config, f"tasks.train={tmp_path}")
+    assert "tokenizer: no tokenizer.json in" in refused(config, f"tokenizer={tmp_path}")
+    assert "stages" in refused(config, "stages=[]")
+    assert "unknown key 'rollout.grops'; did you mean 'rollout.groups'?" in refused(config, "rollout.grops=3")
+    assert "does not match model.precision=fp32" in refused(config, "server.dtype=bfloat16")
+    assert "model.weights is missing" in refused(config, "model.weights=null")
+    assert "name the CONFIG" in refused("trainer")
+    assert "--fresh is for" in refused("trainer", config, "--fresh")
+    assert "Not a file" in refused(config + "x") or "No such file" in refused(config + "x")
+    assert not (tmp_path / "run").exists()
