@@ -14,10 +14,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -105,6 +106,20 @@ class Run:
         for pid in found:
             os.kill(pid, signal.SIGKILL)
 
+    def kill_server(self) -> None:
+        """`kill -9` vLLM, not the role that watches it."""
+        (role,) = (pid for pid, line in commands().items() if f"rl server {self.folder}" in line)
+        started = psutil.Process(role).children()
+        assert started
+        for process in started:
+            process.kill()
+
+    def stop(self) -> None:
+        """End it, if it still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+
     def said(self) -> str:
         logs = [self.log, *self.folder.glob("logs/**/*.log")]
         return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
@@ -172,7 +187,10 @@ def check_complete(run: Run) -> None:
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"), inputs)
     run.start()
-    assert run.wait() == 0, run.said()
+    try:
+        assert run.wait() == 0, run.said()
+    finally:
+        run.stop()
     return run
 
 
@@ -213,14 +231,20 @@ def test_a_finished_run_is_left_as_it_is(undisturbed: Run) -> None:
     assert (undisturbed.folder / "summary.json").stat().st_mtime_ns == before
 
 
-def test_deaths_of_every_process(inputs: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def run(inputs: Path, tmp_path: Path) -> Iterator[Run]:
+    started = Run(tmp_path, inputs)
+    yield started
+    started.stop()
+
+
+def test_deaths_of_every_process(run: Run) -> None:
     """`kill -9` of the server in rollouts, of the orchestrator in rollouts, of a trainer's rank in training,
     and at last of the supervisor; each comes back, and nothing is lost or done twice."""
-    run = Run(tmp_path, inputs)
     run.start()
     run.until(lambda: run.played("train", 1) >= 2)
     kept = run.rows("id, score, generated_tokens, conversation", "state = 'graded'")
-    run.kill(r"inference\.serve")
+    run.kill_server()
     run.until(lambda: run.played("train", 1) >= 5)
     run.kill("rl orchestrator")
     run.until(lambda: (run.folder / "batches" / "00001").is_dir())

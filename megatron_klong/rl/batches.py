@@ -29,6 +29,8 @@ class BatchHeader(BaseModel):
         rollouts: ids of the rollouts in it, in the order of their numbers.
         scores: of each.
         advantages: of each.
+        checked: rollouts of the iteration whose every prompt was compared with the windows; also those of
+            groups that are not in the batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +42,7 @@ class BatchHeader(BaseModel):
     rollouts: tuple[str, ...]
     scores: tuple[float, ...]
     advantages: tuple[float, ...]
+    checked: int
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,14 @@ def write_batch(root: Path, header: BatchHeader, segments: Sequence[Segment]) ->
     unfinished.replace(final)
 
 
+def read_header(root: Path, iteration: int) -> BatchHeader:
+    """What a batch directory says of itself."""
+    return BatchHeader.model_validate_json((batch_folder(root, iteration) / "batch.json").read_text())
+
+
 def read_batch(root: Path, iteration: int) -> Batch:
     """Read a batch directory."""
-    folder = batch_folder(root, iteration)
-    header = BatchHeader.model_validate_json((folder / "batch.json").read_text())
+    folder, header = batch_folder(root, iteration), read_header(root, iteration)
     with np.load(folder / "windows.npz") as arrays:
         tokens, mask, lengths = arrays["tokens"].astype(np.int64), arrays["mask"], arrays["lengths"]
         starts = np.cumsum([0, *lengths])

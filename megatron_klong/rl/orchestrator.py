@@ -108,9 +108,8 @@ class Orchestrator:
         start = time.monotonic()
         plans = evaluation_plans(self._config, self._held_out, iteration)
         records = await self._complete(f"iteration {iteration}: held-out tasks", plans)
-        for number, record in enumerate(_graded(records)):
-            self._maker.segments(self._journal.tokens(record.key), number)  # compares the contexts
-        self.log.evaluated(iteration, records, time.monotonic() - start)
+        checked = len([self._segments(record, 0) for record in _graded(records)])
+        self.log.evaluated(iteration, records, checked, time.monotonic() - start)
 
     def close(self) -> None:
         """Write the summary and close the journal."""
@@ -141,28 +140,34 @@ class Orchestrator:
         members: list[RolloutRecord] = []
         advantages: list[float] = []
         segments: list[Segment] = []
+        checked = 0
         for number, group in groupby(records, key=lambda record: record.key.group):
             rollouts = list(group)
             scores = [record.score for record in rollouts]
             if self._config.rollout.shuffle_grades:
                 random.Random(f"{self._config.run.seed}/grades/{iteration}/{number}").shuffle(scores)
             given = group_advantages(scores, divide_by_std=self._config.objective.divide_by_std)
+            windows = [self._segments(record, len(members) + n) for n, record in enumerate(_graded(rollouts))]
+            checked += len(windows)
             if given is None:
                 continue
             groups.append(f"{iteration:05d}-{number:03d}")
-            for record, advantage in zip(_graded(rollouts), given, strict=True):
-                played = self._journal.tokens(record.key)
-                segments += self._maker.segments(played, len(members))
-                members.append(record)
-                advantages.append(advantage)
+            segments += [segment for each in windows for segment in each]
+            members += _graded(rollouts)
+            advantages += given
         if not groups:
             raise ValueError(f"iteration {iteration}: no group has two graded rollouts")
         header = BatchHeader(
             iteration=iteration, stage=stage, version=members[0].version or "", groups=tuple(groups),
             rollouts=tuple(record.key.id for record in members),
             scores=tuple(record.score or 0.0 for record in members), advantages=tuple(advantages),
+            checked=checked,
         )  # fmt: skip
         write_batch(self._run.batches, header, segments)
+
+    def _segments(self, record: RolloutRecord, number: int) -> list[Segment]:
+        """The windows of a rollout; what its engine saw is compared with them."""
+        return self._maker.segments(self._journal.tokens(record.key), number)
 
 
 def _graded(records: Sequence[RolloutRecord]) -> list[RolloutRecord]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from megatron_klong.config import RlConfig
+from megatron_klong.rl.batches import read_header
 from megatron_klong.rl.exchange import Done, Exchange
 from megatron_klong.rl.statistics import Mean, mean_of
 from megatron_klong.rollout.journal import Journal, RolloutRecord
@@ -53,7 +54,7 @@ class RlSummary(BaseModel):
 
     Attributes:
         contexts_checked: rollouts whose every prompt was compared with the training windows.
-        seconds: by phase; of the last start where the run was interrupted.
+        seconds: by phase; without what an interruption cost.
     """
 
     evaluations: list[Evaluation]
@@ -71,7 +72,6 @@ class RlLog:
         self._run = run
         self._config = config
         self._display = display
-        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def resume(self, iteration: int) -> None:
         """What was written after ``iteration`` comes again."""
@@ -83,7 +83,6 @@ class RlLog:
         self, iteration: int, stage: int, records: Sequence[RolloutRecord], seconds: float
     ) -> None:
         """An iteration has its rollouts."""
-        self._seconds["rollouts"] += seconds
         grades, stops = grades_by_task(records), stops_of(records)
         tokens = sum(record.generated_tokens or 0 for record in records)
         self._write("rollouts", iteration, stage=stage, grade=grades.mean, stops=stops, seconds=seconds,
@@ -96,17 +95,17 @@ class RlLog:
 
     def trained(self, iteration: int, done: Done) -> None:
         """A batch is trained on, and its weights are served."""
-        self._seconds["training"] += done.seconds - done.served.seconds
-        self._seconds["sync"] += done.served.seconds
         self._write("update", iteration, updates=[update.model_dump() for update in done.updates],
                     sync=done.served.model_dump(), seconds=done.seconds)  # fmt: skip
 
-    def evaluated(self, iteration: int, records: Sequence[RolloutRecord], seconds: float) -> None:
+    def evaluated(
+        self, iteration: int, records: Sequence[RolloutRecord], checked: int, seconds: float
+    ) -> None:
         """The held-out tasks are graded."""
-        self._seconds["evaluation"] += seconds
         grades = grades_by_task(records)
         self._write("evaluation", iteration, grade=grades.mean, half_width=grades.half_width,
-                    tasks=grades.count, stops=stops_of(records), seconds=seconds)  # fmt: skip
+                    tasks=grades.count, stops=stops_of(records), contexts_checked=checked,
+                    seconds=seconds)  # fmt: skip
         self._display.say(
             f"iteration {iteration:>3}/{self._config.iterations}  held-out grade {grades} "
             f"({grades.count} tasks)"
@@ -141,11 +140,32 @@ class RlLog:
                     )
                 )  # fmt: skip
             records += graded + trained
-        failed = sum(record.score is None for record in records)
+        checked, seconds = self._measured()
         return RlSummary(
-            evaluations=evaluations, iterations=iterations, rollouts=len(records), failed_rollouts=failed,
-            contexts_checked=len(records) - failed, seconds=dict(self._seconds),
+            evaluations=evaluations, iterations=iterations, rollouts=len(records),
+            failed_rollouts=sum(record.score is None for record in records), contexts_checked=checked,
+            seconds=seconds,
         )  # fmt: skip
+
+    def _measured(self) -> tuple[int, dict[str, float]]:
+        """Rollouts whose contexts were checked, and seconds by phase.
+
+        Of an evaluation that was repeated after an interruption, the last counts.
+        """
+        checked = sum(
+            read_header(self._run.batches, iteration).checked
+            for iteration in range(1, self._config.iterations + 1)
+        )
+        lines = map(json.loads, self._run.metrics.read_text().splitlines())
+        last = {(line["kind"], line["step"]): line for line in lines}
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for (kind, _), line in last.items():
+            checked += line.get("contexts_checked", 0)
+            sync = line["sync"]["seconds"] if kind == "update" else 0.0
+            seconds[{"update": "training"}.get(kind, kind)] += line["seconds"] - sync
+            if sync:
+                seconds["sync"] += sync
+        return checked, dict(seconds)
 
     def _write(self, kind: str, iteration: int, **values: Any) -> None:
         with self._run.metrics.open("a") as stream:
