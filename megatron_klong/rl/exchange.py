@@ -1,5 +1,6 @@
 """What orchestrator, trainer and servers tell one another, as files in the run directory. Imports no torch.
 
+``exchange/lineage.json``         names the run; written by the trainer's first start
 ``exchange/server-N.json``       where server N listens; written by it when it is ready
 ``exchange/request-N.json``      the orchestrator asks for a sync of the trainer's present weights
 ``exchange/served-N.json``       the trainer's answer to request N
@@ -11,6 +12,7 @@ A file has its name only when complete. Whoever starts again finds all that was 
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,12 @@ Said = TypeVar("Said", bound=BaseModel)
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lineage(_Message):
+    """Names the run in the versions of its weights: the same however often it is started."""
+
+    name: str
 
 
 class ServerAddress(_Message):
@@ -99,6 +107,14 @@ class Exchange:
             return kind.model_validate_json((self._folder / f"{name}.json").read_text())
         except FileNotFoundError:
             return None
+
+    def lineage(self) -> str:
+        """The run's name, made at the first call ever."""
+        known = self.heard("lineage", Lineage)
+        if known is None:
+            known = Lineage(name=uuid.uuid4().hex[:8])
+            self.tell("lineage", known)
+        return known.name
 
     def last_request(self) -> int:
         """The highest number of a sync request; 0 when there was none."""

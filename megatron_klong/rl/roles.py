@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
 from megatron_klong.config import RlConfig
 from megatron_klong.inference.server import VllmServer
+from megatron_klong.inference.wire import ServerError
 from megatron_klong.rl.exchange import Exchange, Finished, ServerAddress
 from megatron_klong.rl.prepare import prepare_run
 from megatron_klong.rl.report import Display
@@ -41,11 +43,7 @@ def run_trainer(config: RlConfig) -> int:
 
 
 def run_server(config: RlConfig, number: int) -> int:
-    """Serve until the run has finished, or a signal asks for the end; the exit code.
-
-    Raises:
-        ServerError: vLLM ended, or did not start.
-    """
+    """Serve until the run has finished, or a signal asks for the end; the exit code, 1 when vLLM ended."""
     run = prepare_run(config)
     exchange = Exchange(run.exchange)
     for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -59,6 +57,9 @@ def run_server(config: RlConfig, number: int) -> int:
                     time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             return 128 + signal.SIGTERM
+        except ServerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -70,7 +69,7 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     hf = load_hf_config(config.model.hf_config)
     trainer = build_trainer(config.trainer_settings, hf, platform)
     learner = Learner(trainer, config)
-    progress = RlProgress(0, 0, _first(lambda: uuid.uuid4().hex[:8]), ())
+    progress = RlProgress(0, 0, _first(exchange.lineage), ())
     saved = latest_checkpoint(run.checkpoints)
     if saved is not None:
         progress = load_checkpoint(trainer, saved, RlProgress)
