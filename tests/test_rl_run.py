@@ -89,7 +89,7 @@ class Run:
         assert self.process is not None
         return self.process.wait(600)
 
-    def until(self, what: Callable[[], object], seconds: float = 240) -> None:
+    def until(self, what: Callable[[], object], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert self.process is not None

@@ -9,7 +9,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_klong.checks.reference import random_prompts, reference_log_probs
 from megatron_klong.config import ParallelConfig, ServerConfig, StrictModel, TransferBackend
 from megatron_klong.inference.server import VllmServer
 from megatron_klong.model.hf_config import load_hf_config
@@ -115,6 +114,8 @@ def check_sync(
             have said so on stderr.
         ServerError: the server died.
     """
+    from megatron_klong.checks.reference import random_prompts, reference_log_probs  # torch: seconds
+
     hf = load_hf_config(check.model)
     check_layout(hf, check.parallel)
     if folder is None:
