@@ -51,8 +51,9 @@ async def orchestrate(config: RlConfig, display: Display) -> None:
                 done = await engine.wait_done(iteration)
             orchestrator.log.trained(iteration, done)
             await orchestrator.evaluate_if_due(iteration)
-    exchange.tell("finished", Finished())
     orchestrator.close()
+    # Last: a run that says so is left as it is, and one that died before its summary must go on.
+    exchange.tell("finished", Finished())
 
 
 @dataclass(frozen=True)
