@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import traceback
 from pathlib import Path
 
 from megatron_klong.checks.sync import SyncJob
 from megatron_klong.platform import quiet_imports
-from megatron_klong.platform.lifetime import die_with_parent
+from megatron_klong.training.rank_entry import RankError, run_rank
 
 
-def main(file: Path) -> int:
-    """Run the check; returns the exit code, 2 for numbers that do not agree."""
+def check(file: Path) -> None:
+    """Run the check; numbers that do not agree are a RankError."""
     quiet_imports()
     from megatron_klong.checks.sync_ranks import DisagreementError, check_on_rank
     from megatron_klong.inference.sync import SyncError
@@ -24,13 +20,9 @@ def main(file: Path) -> int:
     try:
         with distributed(job.check.parallel, seed=1) as platform:
             check_on_rank(job, platform)
-    except (SyncError, DisagreementError, ValueError) as error:
-        traceback.print_exc()  # to the rank's log; the last line is what the person sees
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    except (SyncError, DisagreementError) as error:
+        raise RankError(str(error)) from error
 
 
 if __name__ == "__main__":
-    die_with_parent(int(os.environ["KLONG_LAUNCHER"]), signal.SIGTERM)
-    sys.exit(main(Path(sys.argv[1])))
+    run_rank(check)

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from pathlib import Path
-
 from megatron_klong.config import RlConfig, load_config
-from megatron_klong.platform.lifetime import die_with_parent
-
-
-def main(run_dir: Path) -> int:
-    """Train; returns the exit code, 2 for an error of the user's."""
-    try:
-        train(load_config(RlConfig, run_dir / "config.yaml"))
-    except ValueError as error:
-        traceback.print_exc()  # to the rank's log; the last line is what the person sees
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+from megatron_klong.training.rank_entry import run_rank
 
 
 def train(config: RlConfig) -> None:
@@ -35,6 +19,4 @@ def train(config: RlConfig) -> None:
 
 
 if __name__ == "__main__":
-    if "KLONG_LAUNCHER" in os.environ:
-        die_with_parent(int(os.environ["KLONG_LAUNCHER"]))
-    sys.exit(main(Path(sys.argv[1])))
+    run_rank(lambda run_dir: train(load_config(RlConfig, run_dir / "config.yaml")))
