@@ -48,7 +48,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_config(folder: Path, inputs: Path) -> Path:
+def write_config(folder: Path, inputs: Path, servers: int = 1) -> Path:
     config = {
         "run": {"dir": str(folder / "run"), "seed": 1},
         "model": {"hf_config": str(inputs / "model"), "weights": str(inputs / "model"), "precision": "fp32"},
@@ -58,6 +58,7 @@ def write_config(folder: Path, inputs: Path) -> Path:
         "parallel": {"expert": 2},
         "optimizer": {"lr": 1e-3, "schedule": "constant"},
         "server": {"model": str(inputs / "model"), "dtype": "float32", "max_model_len": 160},
+        "servers": servers,
         "sandbox": {"memory_mib": 128, "processes": 16, "disk_mib": 1},
         "tasks": {"train": str(inputs / "domain" / "tasks"), "held_out": str(inputs / "domain" / "tasks")},
         "rollout": {"groups": GROUPS, "group_size": MEMBERS, "clock": "token", "tokens_per_call": 1},
@@ -73,8 +74,8 @@ def write_config(folder: Path, inputs: Path) -> Path:
 class Run:
     """A started `klong rl`, and a look at what it wrote."""
 
-    def __init__(self, folder: Path, inputs: Path) -> None:
-        self.config = write_config(folder, inputs)
+    def __init__(self, folder: Path, inputs: Path, servers: int = 1) -> None:
+        self.config = write_config(folder, inputs, servers)
         self.folder = folder / "run"
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -185,7 +186,7 @@ def check_complete(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("undisturbed"), inputs)
+    run = Run(tmp_path_factory.mktemp("undisturbed"), inputs, servers=2)
     run.start()
     try:
         assert run.wait() == 0, run.said()

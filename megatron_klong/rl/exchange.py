@@ -4,6 +4,7 @@
 ``exchange/server-N.json``       where server N listens; written by it when it is ready
 ``exchange/request-N.json``      the orchestrator asks for a sync of the trainer's present weights
 ``exchange/served-N.json``       the trainer's answer to request N
+``exchange/learned-N.json``      what the trainer measured in the updates on batch N, before its checkpoint
 ``exchange/done-N.json``         batch N is trained on, saved in a checkpoint, and served
 ``exchange/finished.json``       the orchestrator needs nothing more
 
@@ -76,6 +77,13 @@ class UpdateMetrics(_Message):
     importance: float
     engine_difference: float
     engine_divergence: float
+
+
+class Learned(_Message):
+    """A batch is trained on, but not saved yet; a trainer that dies here learns it again, alike."""
+
+    updates: tuple[UpdateMetrics, ...]
+    seconds: float
 
 
 class Done(_Message):

@@ -131,12 +131,12 @@ class RlLog:
             trained = journal.rollouts("train", iteration)
             done = exchange.heard(f"done-{iteration}", Done)
             if trained and done is not None:
-                last = done.updates[-1] if done.updates else None
+                last = done.updates[-1]
                 iterations.append(
                     IterationSummary(
                         iteration=iteration, stage=trained[0].stage, grades=grades_by_task(trained),
-                        stops=stops_of(trained), loss=last.loss if last else 0.0,
-                        clipped=last.clipped if last else 0.0, sync_difference=done.served.difference,
+                        stops=stops_of(trained), loss=last.loss,
+                        clipped=last.clipped, sync_difference=done.served.difference,
                     )
                 )  # fmt: skip
             records += graded + trained

@@ -20,7 +20,7 @@ from megatron_klong.inference.wire import ServerError
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
 from megatron_klong.rl.batches import batch_folder, read_batch
-from megatron_klong.rl.exchange import Done, Exchange, Finished, Served, UpdateMetrics
+from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served
 from megatron_klong.rl.learner import Learner
 from megatron_klong.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_klong.training.run_directory import RunDirectory
@@ -79,9 +79,16 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     def serve() -> Served:
         return serving.until_served(progress, score_tokens(trainer, serving.prompts))
 
+    def finish(iteration: int, saving: float) -> Served:
+        learned = _first(lambda: exchange.heard(f"learned-{iteration}", Learned))
+        assert learned is not None
+        served = serve()
+        seconds = learned.seconds + saving + served.seconds
+        _tell(exchange, f"done-{iteration}", Done(served=served, updates=learned.updates, seconds=seconds))
+        return served
+
     if progress.iteration and _first(lambda: exchange.heard(f"done-{progress.iteration}", Done)) is None:
-        # It ended between its checkpoint and the word of it.
-        _tell(exchange, f"done-{progress.iteration}", Done(served=serve(), updates=(), seconds=0.0))
+        finish(progress.iteration, saving=0.0)  # it ended between its checkpoint and the word of it
     answered = 0
     while (work := _next_work(run, exchange, progress.iteration, answered)).kind != "end":
         if work.kind == "sync":
@@ -91,20 +98,19 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
         start = time.monotonic()
         batch = read_batch(run.batches, work.number)
         assert not set(batch.header.groups) & set(progress.consumed), "a group would be trained on twice"
-        updates: tuple[UpdateMetrics, ...] = learner.learn(batch)
+        updates = learner.learn(batch)
         progress = RlProgress(
             progress.step + len(updates),
             work.number,
             progress.lineage,
             (*progress.consumed, *batch.header.groups),
         )
+        learned = Learned(updates=updates, seconds=time.monotonic() - start)
+        _tell(exchange, f"learned-{work.number}", learned)
+        start = time.monotonic()
         save_checkpoint(trainer, progress, run.checkpoints, config.trainer.keep_last)
-        served = serve()
-        seconds = time.monotonic() - start
-        _tell(exchange, f"done-{work.number}", Done(served=served, updates=updates, seconds=seconds))
-        _say(
-            f"iteration {work.number}: loss {updates[0].loss:+.4f}, {seconds:.1f} s; serving {served.version}"
-        )
+        served = finish(work.number, saving=time.monotonic() - start)
+        _say(f"iteration {work.number}: loss {updates[0].loss:+.4f}; serving {served.version}")
 
 
 class Serving:
@@ -185,7 +191,7 @@ def _first(work: Callable[[], Shared]) -> Shared:
     return shared[0]  # type: ignore[return-value]
 
 
-def _tell(exchange: Exchange, name: str, message: Served | Done) -> None:
+def _tell(exchange: Exchange, name: str, message: Served | Learned | Done) -> None:
     if torch.distributed.get_rank() == 0:
         exchange.tell(name, message)
 
