@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klong.trajectory.importing import import_trajectories, read_imported
-from megatron_klong.trajectory.openai_chat import Refusal, read_openai_chat, write_openai_chat
+from megatron_klong.trajectory.importing import import_trajectories, read_file, read_imported
+from megatron_klong.trajectory.interchange.openai_chat import OpenAIChat, write_openai_chat
+from megatron_klong.trajectory.interchange.refusal import Refusal
 from megatron_klong.trajectory.schema import Message, ToolCall, Trajectory
 
 USER = {"role": "user", "content": "u"}
@@ -35,7 +36,7 @@ def read(tmp_path: Path, *lines: bytes | dict[str, Any]) -> list[Trajectory | Re
     file.write_bytes(
         b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
     )
-    return list(read_openai_chat(file))
+    return list(read_file(file, OpenAIChat()))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_reading_what_was_written_gives_an_equal_record(
 ) -> None:
     file = tmp_path_factory.mktemp("chat") / "chats.jsonl"
     file.write_text(write_openai_chat(trajectory) + "\n", encoding="utf-8")
-    assert list(read_openai_chat(file)) == [trajectory]
+    assert list(read_file(file, OpenAIChat())) == [trajectory]
 
 
 @settings(max_examples=200, deadline=None)
@@ -241,7 +242,7 @@ def test_reading_what_was_written_gives_an_equal_record(
 def test_the_reader_never_raises(tmp_path_factory: pytest.TempPathFactory, garbage: bytes) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "chats.jsonl"
     file.write_bytes(garbage)
-    found = list(read_openai_chat(file))
+    found = list(read_file(file, OpenAIChat()))
     assert len(found) == sum(bool(line.strip()) for line in garbage.split(b"\n"))
 
 

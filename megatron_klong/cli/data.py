@@ -10,6 +10,8 @@ import typer
 from megatron_klong.cli.shared import AsJson, Renderer, counter, print_json, quiet
 from megatron_klong.config import WindowConfig, validate_config
 
+FORMATS = "openai, sharegpt, atif, swe-agent, mini-swe-agent, openhands-v0, openhands-v1, inspect, tau-bench"
+
 app = typer.Typer(help="Trajectories in, windows out.", no_args_is_help=True)
 
 Store = Annotated[
@@ -28,18 +30,19 @@ Untrainable = Annotated[str, typer.Option("--untrainable", help="drop or error."
 
 @app.command("import")
 def import_(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="OpenAI chat JSONL files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of any known format.")],
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    format: Annotated[str, typer.Option(help=f"auto, or of all files one of {FORMATS}.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Read trajectories; refused records go to OUT.quarantine.jsonl with the reason.
 
-    Example: klong data import chats.jsonl --out trajectories.jsonl
+    Example: klong data import chats.jsonl runs/*.traj --out trajectories.jsonl
     """
     from megatron_klong.trajectory.importing import import_trajectories
 
     with counter("importing", "records") as tick:
-        report = import_trajectories(files, out, tick)
+        report = import_trajectories(files, out, format=format, on_record=tick)
     if as_json:
         print_json(report)
         return
@@ -47,10 +50,35 @@ def import_(
         f"{report.kept} of {report.read} trajectories ({report.messages} messages, "
         f"{report.assistant_messages} of assistants) -> {report.out}"
     )
+    if report.formats:
+        print("read as " + ", ".join(f"{name} {count}" for name, count in report.formats.items()))
     for refusal in report.refusals:
         print(f"refused {refusal}")
+    if report.refused > len(report.refusals):
+        print(f"... and {report.refused - len(report.refusals)} more")
     if report.quarantine:
         print(f"{report.refused} refused records -> {report.quarantine}")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="File written by `klong data import`.")],
+    to: Annotated[str, typer.Option(help="openai or atif.")],
+    out: Annotated[Path, typer.Option(help="A .jsonl file; for atif also a folder, a file for each.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write trajectories as OpenAI chat JSONL or ATIF 1.7; importing them gives equal ones back.
+
+    Example: klong data export trajectories.jsonl --to atif --out atif/
+    """
+    from megatron_klong.trajectory.exporting import export_trajectories
+
+    with counter("exporting", "trajectories") as tick:
+        report = export_trajectories(file, to, out, tick)
+    if as_json:
+        print_json(report)
+        return
+    print(f"{report.trajectories} trajectories -> {report.out} ({report.files} files)")
 
 
 @app.command()

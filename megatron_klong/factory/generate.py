@@ -18,7 +18,7 @@ from megatron_klong.factory.replication import (
 )
 from megatron_klong.trajectory.formats import chat_format
 from megatron_klong.trajectory.importing import written_when_complete
-from megatron_klong.trajectory.openai_chat import write_openai_chat
+from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
 from megatron_klong.trajectory.render import Piece
 from megatron_klong.trajectory.tokenizer import phrase_tokenizer, save_tokenizer, trajectory_texts
 

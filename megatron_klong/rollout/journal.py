@@ -21,7 +21,7 @@ import numpy as np
 from megatron_klong.agent.clock import BudgetReport
 from megatron_klong.agent.episode import Episode, StopReason
 from megatron_klong.judge.rubric import NodeGrade
-from megatron_klong.trajectory.openai_chat import write_openai_chat
+from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
 from megatron_klong.trajectory.schema import Trajectory
 
 Purpose = Literal["train", "evaluation"]

@@ -1,17 +1,27 @@
-"""Files of trajectories to one clean JSONL file; what is refused goes to quarantine."""
+"""Files of trajectories, of any format, to one clean JSONL file; what is refused goes to quarantine."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from megatron_klong.trajectory.openai_chat import Refusal, read_openai_chat, write_openai_chat
+from pydantic import ValidationError
+
+from megatron_klong.trajectory.interchange import reader_of
+from megatron_klong.trajectory.interchange.base import Reader
+from megatron_klong.trajectory.interchange.conversation import Draft, check_draft
+from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
+from megatron_klong.trajectory.interchange.refusal import FieldError, Refusal
+from megatron_klong.trajectory.interchange.sources import SourceRecord
 from megatron_klong.trajectory.schema import Trajectory
+
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,8 @@ class ImportReport:
         kept: written to ``out``.
         refused: written to ``quarantine`` (None where nothing was).
         messages, assistant_messages: in the kept records.
-        refusals: where and why, in order.
+        formats: records kept, by the format they were read from.
+        refusals: where and why, the first of them in order.
     """
 
     out: str
@@ -33,13 +44,24 @@ class ImportReport:
     refused: int
     messages: int
     assistant_messages: int
+    formats: dict[str, int]
     refusals: tuple[str, ...]
 
 
+@dataclass
+class _Tally:
+    kept: int = 0
+    refused: int = 0
+    messages: int = 0
+    assistant: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    refusals: list[str] = field(default_factory=list)
+
+
 def import_trajectories(
-    files: Iterable[Path], out: Path, on_record: Callable[[], None] = lambda: None
+    files: Iterable[Path], out: Path, *, format: str = "auto", on_record: Callable[[], None] = lambda: None
 ) -> ImportReport:
-    """Read OpenAI chat JSONL files, write the good records to ``out``.
+    """Read files, write the good records to ``out`` as OpenAI chat JSONL. One record is held at a time.
 
     A refused record is copied with its reason to ``OUT.quarantine.jsonl``. Both files appear under
     their names only when complete.
@@ -47,42 +69,94 @@ def import_trajectories(
     Args:
         files: read in order.
         out: the JSONL file to write.
+        format: of all files, or ``auto``: of each by itself.
         on_record: called after each record, for progress.
 
     Raises:
-        ValueError: a file cannot be read, or ``out`` is one of them.
+        ValueError: a file cannot be read or is of no known format, or ``out`` is one of them.
     """
     files = list(files)
     quarantine = out.with_name(out.name + ".quarantine.jsonl")
     for written in (out, quarantine):
         if written.resolve() in {file.resolve() for file in files}:
             raise ValueError(f"--out {out}: {written} is also an input")
-    refusals: list[Refusal] = []
-    kept = messages = assistant = 0
-    with written_when_complete(out) as good:
-        for item in _records(files):
-            if isinstance(item, Refusal):
-                refusals.append(item)
-            else:
-                good.write(write_openai_chat(item) + "\n")
-                kept += 1
-                messages += len(item.messages)
-                assistant += sum(message.role == "assistant" for message in item.messages)
+    tally = _Tally()
+    with written_when_complete(out) as good, written_when_complete(quarantine) as bad:
+        for name, item in _records(files, format):
+            _take(item, name, tally, good, bad)
             on_record()
-    quarantine.unlink(missing_ok=True)
-    if refusals:
-        with written_when_complete(quarantine) as bad:
-            bad.writelines(json.dumps(asdict(refusal), ensure_ascii=False) + "\n" for refusal in refusals)
+    if not tally.refused:
+        quarantine.unlink()
     return ImportReport(
         out=str(out),
-        quarantine=str(quarantine) if refusals else None,
-        read=kept + len(refusals),
-        kept=kept,
-        refused=len(refusals),
-        messages=messages,
-        assistant_messages=assistant,
-        refusals=tuple(str(refusal) for refusal in refusals),
+        quarantine=str(quarantine) if tally.refused else None,
+        read=tally.kept + tally.refused,
+        kept=tally.kept,
+        refused=tally.refused,
+        messages=tally.messages,
+        assistant_messages=tally.assistant,
+        formats=dict(tally.formats),
+        refusals=tuple(tally.refusals),
     )
+
+
+def _take(item: Trajectory | Refusal, name: str, tally: _Tally, good: TextIO, bad: TextIO) -> None:
+    if isinstance(item, Refusal):
+        tally.refused += 1
+        bad.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+        if len(tally.refusals) < _SHOWN:
+            tally.refusals.append(str(item))
+        return
+    good.write(write_openai_chat(item) + "\n")
+    tally.kept += 1
+    tally.messages += len(item.messages)
+    tally.assistant += sum(message.role == "assistant" for message in item.messages)
+    tally.formats[name] += 1
+
+
+def read_file(
+    file: Path, reader: Reader, name: str | None = None, seen: set[str] | None = None
+) -> Iterator[Trajectory | Refusal]:
+    """The trajectories of a file, and its refused records; never an error of a record.
+
+    A record without an ``id`` gets the name, with its line or place behind it where the file holds several;
+    the name is the file's stem unless given. A record whose id is in ``seen`` (ids of earlier records, added
+    to as the file is read) is refused.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    name = _name(file) if name is None else name
+    seen = set() if seen is None else seen
+    for record in reader.records(file):
+        yield _read(record, reader, file, name, seen)
+
+
+def _read(
+    record: SourceRecord, reader: Reader, file: Path, name: str, seen: set[str]
+) -> Trajectory | Refusal:
+    place = record.line if record.line is not None else record.record
+    try:
+        if record.problem is not None:
+            raise record.problem
+        trajectory = check_draft(_draft(reader, record), name if place is None else f"{name}-{place}")
+        if trajectory.id in seen:
+            raise FieldError("id", f"{trajectory.id!r} was used by an earlier record")
+    except FieldError as error:
+        return Refusal(str(file), record.line, record.record, error.field, error.reason, record.raw)
+    seen.add(trajectory.id)
+    return trajectory
+
+
+def _draft(reader: Reader, record: SourceRecord) -> Draft:
+    try:
+        return reader.draft(record.value)
+    except ValidationError as error:
+        raise FieldError.of(error) from error
+    except UnicodeEncodeError as error:
+        raise FieldError("", "has half of a surrogate pair, which is no text") from error
+    except RecursionError as error:
+        raise FieldError("", "nested too deeply") from error
 
 
 def read_imported(file: Path) -> Iterator[Trajectory]:
@@ -91,21 +165,34 @@ def read_imported(file: Path) -> Iterator[Trajectory]:
     Raises:
         ValueError: a record is not valid: the file is not what ``klong data import`` wrote.
     """
-    for item in _records([file]):
+    for _, item in _records([file], "openai"):
         if isinstance(item, Refusal):
             raise ValueError(f"{item}; run `klong data import` on this file first")
         yield item
 
 
-def _records(files: Sequence[Path]) -> Iterator[Trajectory | Refusal]:
+def _records(files: list[Path], format: str) -> Iterator[tuple[str, Trajectory | Refusal]]:
+    """All records with the name of the format that each was read as."""
     seen: set[str] = set()
-    stems = [file.stem for file in files]
-    for number, file in enumerate(files, 1):
-        alone = stems.count(file.stem) == 1
+    names = [_name(file) for file in files]
+    for number, (file, name) in enumerate(zip(files, names), 1):
         try:
-            yield from read_openai_chat(file, file.stem if alone else f"{file.stem}-{number}", seen)
+            reader = reader_of(file, format)
+            unique = name if names.count(name) == 1 else f"{name}-{number}"
+            for item in read_file(file, reader, unique, seen):
+                yield reader.name, item
         except OSError as error:
-            raise ValueError(f"{file}: {error.strerror}") from error
+            raise ValueError(f"{file}: {error.strerror or error}") from error
+
+
+def _name(file: Path) -> str:
+    """What ids of records are made of where they have none: the file's name up to its known endings."""
+    return (
+        file.name.removesuffix(".json")
+        .removesuffix(".jsonl")
+        .removesuffix(".traj")
+        .removesuffix(".trajectory")
+    )
 
 
 @contextmanager
