@@ -2,7 +2,8 @@
 
 Runs ``klong rl CONFIG`` once for each seed with the grades as they are, and once with the grades of each
 group shuffled among its rollouts, all else equal. Compares the held-out grades before the first iteration
-and after the last, and gives the mean change over seeds with its 95% interval (Student's t).
+and after the last, and gives the mean change over seeds with its 95% interval (Student's t), and that of the
+difference between the two, paired by seed.
 
     python -m benchmarks.rl_improvement examples/quickstart/rl.yaml --out runs/rl-improvement \\
         [--seeds 1,2,3] [KEY=VALUE ...]
@@ -42,11 +43,17 @@ def main() -> int:
             changes[kind].append(last - first)
             shown = " -> ".join(str(evaluation.grades) for evaluation in summary.evaluations)
             print(f"{kind:<9} seed {seed}: held-out grade {shown}; change {last - first:+.3f}", flush=True)
+    changes["difference"] = [a - b for a, b in zip(changes["grades"], changes["shuffled"])]
     results = {kind: mean_of(values) for kind, values in changes.items()}
     for kind, mean in results.items():
-        width = mean.half_width or 0.0
-        verdict = "more than its interval" if mean.mean > width else "within its interval, or less"
-        print(f"{kind:<9} mean change over {mean.count} seeds {mean.mean:+.3f} +- {width:.3f}: {verdict}")
+        if mean.half_width is None:
+            print(f"{kind:<10} change {mean.mean:+.3f}; one seed gives no interval")
+            continue
+        verdict = "above 0 by more" if mean.mean > mean.half_width else "not above 0 by more"
+        print(
+            f"{kind:<10} mean change over {mean.count} seeds {mean.mean:+.3f} +- {mean.half_width:.3f}: "
+            f"{verdict} than its interval"
+        )
     record = {
         "command": sys.argv, "machine": platform.processor() or platform.machine(), "changes": changes,
         "means": {kind: mean.model_dump() for kind, mean in results.items()},

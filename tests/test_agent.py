@@ -32,13 +32,15 @@ from megatron_klong.factory.replication import (
     expert_trajectory,
 )
 from megatron_klong.inference.wire import Generation, Sampling, VersionSpan
+from megatron_klong.judge.rubric import Check, NodeGrade, RubricNode
 from megatron_klong.rl.experience import ContextMismatchError, ExperienceMaker
-from megatron_klong.rl.orchestrator import InsertedTokens
+from megatron_klong.rl.live import InsertedTokens
 from megatron_klong.rollout.journal import Journal, RolloutKey
-from megatron_klong.rollout.task import read_task, task_folders
+from megatron_klong.rollout.runner import RolloutRunner
+from megatron_klong.rollout.task import Task, read_task, task_folders
 from megatron_klong.sandbox.base import SandboxSpec
 from megatron_klong.sandbox.bubblewrap import Bubblewrap
-from megatron_klong.trajectory.render import Renderer, load_renderer
+from megatron_klong.trajectory.render import Renderer, Text, load_renderer
 from megatron_klong.trajectory.schema import Message, ToolCall
 from megatron_klong.window import ContextWindow, TrajectoryFacts, TurnFacts
 
@@ -159,9 +161,9 @@ def play(player: Agent, engine: ScriptedEngine, clock: BudgetClock, public: Path
 
 def act(renderer: Renderer, text: str, stop: str = "<|observation|>") -> list[int]:
     """What a model would sample to say this."""
-    from megatron_klong.trajectory.render import Control
+    from megatron_klong.trajectory.render import Control, Text
 
-    return list(renderer.encode([text, Control(stop)]))
+    return list(renderer.encode([Text(text), Control(stop)]))
 
 
 def call(name: str, **arguments: str) -> str:
@@ -218,7 +220,7 @@ def test_calls_are_carried_out_and_malformed_ones_observed(renderer: Renderer) -
             act(renderer, call("write_file", path="a", content="x")
                 + call("bash", command="cat a").removeprefix("\n<think></think>")),
             act(renderer, call("bash", command="echo end"), stop="<|endoftext|>"),
-            list(renderer.encode(["z" * 300])),
+            list(renderer.encode([Text("z" * 300)])),
             act(renderer, call("submit")),
         ]
     )  # fmt: skip
@@ -250,6 +252,27 @@ def test_calls_are_carried_out_and_malformed_ones_observed(renderer: Renderer) -
     assert "</tool_call><|endoftext|><|observation|>\n<tool_response>\nend" in text[9]
     assert "zzz<|user|>\nGo on by" in text[10]
     assert all(prompt.endswith("<|assistant|>") for prompt in text)
+
+
+def test_an_agent_that_ends_its_sandbox_has_ended_its_episode(tmp_path: Path, renderer: Renderer) -> None:
+    """It is graded, on nothing: to make its judge go away must not pay."""
+    engine = ScriptedEngine([act(renderer, call("bash", command=command)) for command in
+                             ("echo a\0b", "echo 1 > 01", "kill -9 -1")])  # fmt: skip
+    player = agent(renderer)
+    runner = RolloutRunner(player, engine, Bubblewrap(), LIMITS)
+    leaf = RubricNode(id="leaf", requirements="r", weight=1)
+    task = Task(AGENT_TASK, {}, (), leaf, {"leaf": Check(command="test -e 01")})
+
+    async def roll_out() -> tuple[Episode, NodeGrade]:
+        episode = await runner.play(task, long_clock(), 1, tmp_path / "s.tar")
+        return episode, await runner.grade(task, tmp_path / "s.tar")
+
+    episode, grade = asyncio.run(roll_out())
+    assert episode.stop is StopReason.SANDBOX_LOST
+    assert len(episode.turns) == 3
+    answers = [message.content or "" for message in episode.messages if message.role == "tool"]
+    assert "could not be started" in answers[0] and answers[1] == "" and "sandbox is lost" in answers[2]
+    assert grade.score == 0
 
 
 def test_the_token_clock_stops_an_episode_at_the_same_place_on_any_machine(renderer: Renderer) -> None:
@@ -374,7 +397,7 @@ def test_what_is_rendered_is_read_back(family: str, message: Message) -> None:
     chosen = chat_format(family)
     if family == "qwen3" and message.content and message.content != message.content.strip("\n"):
         return
-    text = "".join(piece for piece in chosen.action(message, last=True) if isinstance(piece, str))
+    text = "".join(piece.text for piece in chosen.action(message, last=True) if isinstance(piece, Text))
     parsed = chosen.parse(text, ())
     assert parsed.problem is None
     assert isinstance(parsed.message, Plain)
@@ -394,6 +417,16 @@ def test_any_text_is_read_or_refused(family: str, pieces: list[str]) -> None:
     parsed = chat_format(family).parse("".join(pieces), describe_tools())
     if parsed.problem is not None:
         assert parsed.message.tool_calls == () and parsed.message.content == "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"s": "\\ud800"}', '{"s": NaN}', '{"s": ' + "[" * 5000 + "]" * 5000 + "}"]
+)  # fmt: skip
+def test_arguments_that_no_json_can_hold_are_a_problem(arguments: str) -> None:
+    from megatron_klong.trajectory.formats import chat_format
+
+    said = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+    assert "call 1: " in str(chat_format("qwen3").parse(said, ()).problem)
 
 
 def test_arguments_are_typed_by_the_description() -> None:

@@ -132,9 +132,13 @@ def test_every_leaf_has_one_check(tmp_path: Path) -> None:
         (0, "fine\n", 1.0),
         (0, "half of it\nscore: 0.5\n", 0.5),
         (0, "score: 0\n", 0.0),
-        (0, "score: 1.7\n", 1.0),
+        (0, "score: 1.7\n", 0.0),
+        (0, "score: 5e-05\n", 5e-05),
+        (0, "score: -0.2\n", 0.0),
+        (0, "score: nan\n", 0.0),
+        (0, "score: full\n", 0.0),
         (0, "score: 0.5\nand more", 1.0),
-        (0, "score: 9\n", 1.0),
+        (0, "score: 9\n", 0.0),
         (1, "score: 1\n", 0.0),
         (-9, "", 0.0),
         (None, "score: 1\n", 0.0),
@@ -145,32 +149,52 @@ def test_what_a_check_is_worth(exit_code: int | None, output: str, score: float)
 
 
 def test_a_submission_is_graded_in_a_sandbox_of_its_own(tmp_path: Path) -> None:
-    """The submission cannot reach its judge: what it left running is gone, its programs are not run."""
+    """The submission cannot reach its judge: what it left running is gone, and neither its settings of bash
+    and Python nor its modules are used; nor does what one check runs stay for the next."""
     backend = Bubblewrap()
-    rubric = parse_rubric(
-        node("root", 1, node("file", 3), node("part", 1), node("slow", 1), node("wrong", 1)), "test"
-    )
+    names = ("part", "slow", "wrong", "python", "module", "stays", "gone")
+    rubric = parse_rubric(node("root", 1, node("file", 3), *(node(name, 1) for name in names)), "test")
     checks = {
         "file": Check(command='[ "$(cat result)" = 42 ] && echo found'),
         "part": Check(command="echo score: 0.25"),
         "slow": Check(command="sleep 100"),
         "wrong": Check(command="echo no result2; test -e result2"),
+        "python": Check(command="python3 -c 'raise SystemExit(3)'"),
+        "module": Check(command="python3 -c 'import json; json.loads(\"1\")'"),
+        "stays": Check(command="sleep 87654 & echo started"),
+        "gone": Check(command="! cat /proc/*/cmdline | tr '\\0' ' ' | grep -q 'sleep [8]7654'"),
     }
 
     async def grade() -> NodeGrade:
         agent = await backend.open(SandboxSpec(LIMITS))
         await agent.run("echo 42 > result; touch /tmp/result2; echo 'exit 0' > .bashrc", 5)
+        await agent.run(
+            "d=$(python3 -c 'import site; print(site.getusersitepackages())'); mkdir -p $d; "
+            "echo 'import os; os._exit(0)' > $d/usercustomize.py; echo 'raise ImportError' > json.py", 5
+        )  # fmt: skip
         await agent.archive(tmp_path / "s.tar")
         await agent.close()
         return await grade_submission(tmp_path / "s.tar", rubric, checks, backend, SandboxSpec(LIMITS))
 
     grade_ = asyncio.run(grade())
-    assert grade_.score == pytest.approx((3 * 1 + 0.25) / 6)
+    assert grade_.score == pytest.approx((3 * 1 + 0.25 + 1 + 1 + 1) / 10)
     evidence = {child.id: child.evidence for child in grade_.sub_tasks}
     assert evidence == {
         "file": "exit code 0: found", "part": "exit code 0: score: 0.25",
         "slow": "ended after 2 s, its time limit", "wrong": "exit code 1: no result2",
+        "python": "exit code 3", "module": "exit code 0", "stays": "exit code 0: started",
+        "gone": "exit code 0",
     }  # fmt: skip
+
+
+def test_a_submission_that_does_not_unpack_scores_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(b"no tar at all" * 1000)
+    rubric = parse_rubric(node("root", 1, node("leaf", 1)), "test")
+    checks = {"leaf": Check(command="true")}
+    grade = asyncio.run(
+        grade_submission(tmp_path / "s.tar", rubric, checks, Bubblewrap(), SandboxSpec(LIMITS))
+    )
+    assert grade.score == 0 and "does not unpack" in str(grade.sub_tasks[0].evidence)
 
 
 def test_tasks_of_the_generated_domain(domain: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_klong.rl.experience import Segment
 from megatron_klong.rl.learner import Learner
 from megatron_klong.rl.objective import RlObjective, token_terms
 from megatron_klong.rl.rows import experience_rows
-from megatron_klong.rl.statistics import mean_of
+from megatron_klong.rl.statistics import mean_of, student_t
 from megatron_klong.training.step import forward_backward
 from megatron_klong.training.temperature import at_temperature
 from megatron_klong.training.trainer import build_trainer
@@ -323,4 +323,6 @@ def test_means_and_their_intervals() -> None:
     mean = mean_of([1.0, 2.0, 3.0])
     assert mean.mean == 2.0 and mean.half_width == pytest.approx(4.303 * 1 / math.sqrt(3), rel=1e-3)
     many = mean_of([0.0, 1.0] * 50)
-    assert many.half_width == pytest.approx(1.98 * math.sqrt(0.25 * 100 / 99 / 100), rel=0.02)
+    assert many.half_width == pytest.approx(1.98422 * math.sqrt(0.25 * 100 / 99 / 100), rel=1e-4)
+    known = {2: 4.303, 30: 2.042, 31: 2.0395, 47: 2.0117, 1000: 1.9623}  # from printed tables
+    assert {n: student_t(n) for n in known} == pytest.approx(known, abs=1e-4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -29,6 +30,7 @@ from megatron_klong.factory.generate import generate_domain
 from megatron_klong.rl.batches import read_batch
 from megatron_klong.rl.exchange import Done, Exchange
 from megatron_klong.rl.report import RlSummary
+from megatron_klong.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.timeout(900)
 ITERATIONS, GROUPS, MEMBERS = 3, 2, 4
@@ -38,9 +40,10 @@ ITERATIONS, GROUPS, MEMBERS = 3, 2, 4
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model, tokenizer, tasks; each task has a check that gives a part of the grade by chance."""
     folder = tmp_path_factory.mktemp("inputs")
-    generate_domain(folder / "domain", count=3, seed=1, renderer="glm-4.5", experiments=(2, 3),
-                    inserted_texts=(MARKER_TEXT, NOTE_TEXT))  # fmt: skip
-    for checks in (folder / "domain" / "tasks").glob("*/checks.json"):
+    for name, seed in (("domain", 1), ("held-out", 2)):
+        generate_domain(folder / name, count=3, seed=seed, renderer="glm-4.5", experiments=(2, 3),
+                        inserted_texts=(MARKER_TEXT, NOTE_TEXT))  # fmt: skip
+    for checks in folder.glob("*/tasks/*/checks.json"):
         leaves = json.loads(checks.read_text())
         random = {"command": "echo score: 0.$((RANDOM % 10))"}
         checks.write_text(json.dumps(dict.fromkeys(leaves, random)))
@@ -60,7 +63,7 @@ def write_config(folder: Path, inputs: Path, servers: int = 1) -> Path:
         "server": {"model": str(inputs / "model"), "dtype": "float32", "max_model_len": 160},
         "servers": servers,
         "sandbox": {"memory_mib": 128, "processes": 16, "disk_mib": 1},
-        "tasks": {"train": str(inputs / "domain" / "tasks"), "held_out": str(inputs / "domain" / "tasks")},
+        "tasks": {"train": str(inputs / "domain" / "tasks"), "held_out": str(inputs / "held-out" / "tasks")},
         "rollout": {"groups": GROUPS, "group_size": MEMBERS, "clock": "token", "tokens_per_call": 1},
         "objective": {"updates": 2, "kl": 0.01},
         "stages": [{"limit": 60, "iterations": 2}, {"limit": 120, "iterations": 1}],
@@ -139,6 +142,11 @@ class Run:
 
     def done(self, iteration: int) -> Done | None:
         return Exchange(self.folder / "exchange").heard(f"done-{iteration}", Done)
+
+
+def klong(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_klong.cli", "rl", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def commands() -> dict[int, str]:
@@ -224,12 +232,31 @@ def test_a_whole_run(undisturbed: Run) -> None:
     assert not left
 
 
-def test_a_finished_run_is_left_as_it_is(undisturbed: Run) -> None:
+def test_a_finished_run_is_left_as_it_is(undisturbed: Run, inputs: Path) -> None:
     before = (undisturbed.folder / "summary.json").stat().st_mtime_ns
     undisturbed.start()
     assert undisturbed.wait() == 0
     assert "this run has finished" in undisturbed.log.read_text()
     assert (undisturbed.folder / "summary.json").stat().st_mtime_ns == before
+    assert klong("orchestrator", str(undisturbed.config)).returncode == 0
+    assert "the config has servers=2" in klong("server", str(undisturbed.config), "--number", "2").stderr
+    # Other tasks under the same path are another run.
+    extra = inputs / "domain" / "tasks" / "extra"
+    shutil.copytree(next((inputs / "domain" / "tasks").iterdir()), extra)
+    try:
+        (extra / "task.json").write_text((extra / "task.json").read_text().replace('"id": "', '"id": "x'))
+        again = klong(str(undisturbed.config))
+        assert again.returncode == 2 and "tasks.train.content" in again.stderr
+    finally:
+        shutil.rmtree(extra)
+
+
+def test_a_live_run_is_not_touched(undisturbed: Run) -> None:
+    files = sorted(undisturbed.folder.rglob("*"))
+    with RunDirectory(undisturbed.folder).locked():
+        again = klong(str(undisturbed.config), "--fresh")
+    assert again.returncode == 2 and "another process is running in it" in again.stderr
+    assert sorted(undisturbed.folder.rglob("*")) == files
 
 
 @pytest.fixture
@@ -274,8 +301,7 @@ def test_wrong_settings_are_told_before_anything_starts(inputs: Path, tmp_path: 
     config = str(write_config(tmp_path, inputs))
 
     def refused(*arguments: str) -> str:
-        command = [sys.executable, "-m", "megatron_klong.cli", "rl", *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        ended = klong(*arguments)
         assert ended.returncode == 2, ended.stderr
         lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
@@ -290,6 +316,14 @@ def test_wrong_settings_are_told_before_anything_starts(inputs: Path, tmp_path: 
     assert "unknown key 'rollout.grops'; did you mean 'rollout.groups'?" in refused(config, "rollout.grops=3")
     assert "does not match model.precision=fp32" in refused(config, "server.dtype=bfloat16")
     assert "model.weights is missing" in refused(config, "model.weights=null")
+    assert "normalise=rollout does not go with objective.updates=2" in refused(
+        config, "objective.normalise=rollout"
+    )
+    assert "held-out tasks are never trained on" in refused(
+        config, f"tasks.held_out={inputs / 'domain' / 'tasks'}"
+    )
+    assert "over the prefix cap" in refused(config, "window.max_prefix_fraction=0.1")
+    assert "which sandboxes show to agents" in refused(config, "run.dir=/usr/local/run")
     assert "name the CONFIG" in refused("trainer")
     assert "--fresh is for" in refused("trainer", config, "--fresh")
     assert "Not a file" in refused(config + "x") or "No such file" in refused(config + "x")

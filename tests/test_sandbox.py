@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 
 from megatron_klong.config import SandboxConfig
-from megatron_klong.sandbox.base import CommandResult, SandboxError, SandboxSpec
+from megatron_klong.sandbox.base import ArchiveError, CommandResult, SandboxError, SandboxSpec
 from megatron_klong.sandbox.bubblewrap import Bubblewrap, BubblewrapSandbox
 
 LIMITS = SandboxConfig(memory_mib=128, processes=20, disk_mib=2, output_kib=8, command_seconds=20)
@@ -157,24 +157,60 @@ def test_files_are_written_or_said_why_not() -> None:
 def test_the_working_folder_moves_to_another_sandbox(tmp_path: Path) -> None:
     async def work(sandbox: BubblewrapSandbox) -> tuple[str, ...]:
         await sandbox.run(
-            "mkdir d; echo x > d/f; ln -s /etc/passwd link; mkfifo pipe; truncate -s 1T holes; echo y > g", 5
-        )
+            "mkdir d; echo x > d/f; ln -s /etc/passwd link; mkfifo pipe; truncate -s 1T holes; echo y > g; "
+            "ln g hard", 5
+        )  # fmt: skip
         return await sandbox.archive(tmp_path / "work.tar")
 
-    assert inside(work) == ("holes",)
+    assert inside(work) == ("holes", "pipe")
     with tarfile.open(tmp_path / "work.tar") as tar:
-        assert sorted(tar.getnames()) == ["d", "d/f", "g", "link"]
+        assert sorted(tar.getnames()) == ["d", "d/f", "g", "hard", "link"]
 
     async def unpack(sandbox: BubblewrapSandbox) -> str:
         await sandbox.unpack(tmp_path / "work.tar")
-        return (await sandbox.run("cat d/f g", 5)).output
+        return (await sandbox.run("cat d/f g hard", 5)).output
 
-    assert inside(unpack) == "x\ny\n"
+    assert inside(unpack) == "x\ny\ny\n"
+
+
+def test_an_archive_is_never_larger_than_the_disk(tmp_path: Path) -> None:
+    """Whatever is packed: very many files, folders in folders; and nothing goes on while it is."""
+
+    async def work(sandbox: BubblewrapSandbox) -> tuple[str, ...]:
+        many = "import os\nfor n in range(8000): open(f'f{n}', 'w').close()"
+        deep = "import os\nfor n in range(1200): os.mkdir('d'); os.chdir('d')"
+        await sandbox.run(f'mkdir many; cd many; python3 -c "{many}"', 20)
+        await sandbox.run(f'python3 -c "{deep}"', 20)
+        await sandbox.run("(while true; do date +%N > busy; done) & sleep 0.1", 5)
+        return await sandbox.archive(tmp_path / "work.tar")
+
+    left_out = inside(work)
+    assert (tmp_path / "work.tar").stat().st_size <= LIMITS.disk_mib << 20
+    assert len(left_out) == 20
+    with tarfile.open(tmp_path / "work.tar") as tar:
+        names = tar.getnames()
+    assert "busy" in names and "d/d/d" in names and len(names) > 1000
+
+
+def test_commands_that_cannot_be_started_are_answered() -> None:
+    nul, long, after = run("echo a\0b", "echo " + "x" * 200_000, "echo on")
+    assert nul.exit_code == long.exit_code == 126
+    assert "null byte" in nul.output and "Argument list too long" in long.output
+    assert after.output == "on\n"
+
+
+def test_what_was_left_running_is_ended_when_asked() -> None:
+    async def work(sandbox: BubblewrapSandbox) -> str:
+        await sandbox.run("setsid sleep 1000 & sleep 1000 & echo", 5)
+        await sandbox.end_processes()
+        return (await sandbox.run("cat /proc/*/comm | grep -c sleep", 5)).output
+
+    assert inside(work) == "0\n"
 
 
 def test_an_archive_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 1000)
-    with pytest.raises(SandboxError, match="could not be unpacked"):
+    with pytest.raises(ArchiveError, match="does not unpack"):
         inside(lambda sandbox: sandbox.unpack(tmp_path / "bad.tar"))
 
 

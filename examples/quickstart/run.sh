@@ -42,9 +42,9 @@ echo "== 5. Train a GLM-4.5-shaped mixture of experts with Megatron-Core on 4 ra
 phase sft "$klong" sft examples/quickstart/sft.yaml "$@"
 
 echo "== 6. Export the trained weights as a Hugging Face folder"
-run=$work/sft
+run=$work/sft rl=$work/rl
 for setting in "$@"; do
-    if [[ $setting == run.dir=* ]]; then run=${setting#run.dir=}; fi
+    if [[ $setting == run.dir=* ]]; then run=${setting#run.dir=} rl=${setting#run.dir=}-rl; fi
 done
 rm -rf $work/exported
 phase export "$klong" convert export "$run" $work/exported --tokenizer $work/domain/tokenizer
@@ -55,7 +55,7 @@ phase sync_check "$klong" sync-check $work/exported --tensor 2 --pipeline 2 --ex
     --out $work/sync-check
 
 echo "== 8. Reinforcement learning: agents in sandboxes, executable grades, two stages with growing limits"
-phase rl "$klong" rl examples/quickstart/rl.yaml
+phase rl "$klong" rl examples/quickstart/rl.yaml run.dir="$rl"
 
 echo "== 9. What came out"
-"$bin/python" examples/quickstart/summary.py $work "$run"
+"$bin/python" examples/quickstart/summary.py $work "$run" "$rl"

@@ -1,6 +1,6 @@
 """Gathers what the quickstart measured, prints it, and writes ``summary.json``.
 
-python examples/quickstart/summary.py WORK SFT_RUN
+python examples/quickstart/summary.py WORK SFT_RUN RL_RUN
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class QuickstartSummary(StrictModel):
     seconds: dict[str, float]
 
 
-def gather(work: Path, sft_run: Path) -> QuickstartSummary:
+def gather(work: Path, sft_run: Path, rl_run: Path) -> QuickstartSummary:
     """Read what the phases left behind."""
     losses: dict[str, list[float]] = {}
     for line in (sft_run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         losses.setdefault(record["kind"], []).append(record["loss"])
     check = SyncCheckResult.model_validate_json((work / "sync-check" / "result.json").read_text())
-    rl = RlSummary.model_validate_json((work / "rl" / "summary.json").read_text())
+    rl = RlSummary.model_validate_json((rl_run / "summary.json").read_text())
     seconds: Counter[str] = Counter()
     for line in (work / "seconds.tsv").read_text().splitlines():
         name, _, taken = line.partition("\t")
@@ -72,9 +72,9 @@ def gather(work: Path, sft_run: Path) -> QuickstartSummary:
     )
 
 
-def main(work: Path, sft_run: Path) -> None:
+def main(work: Path, sft_run: Path, rl_run: Path) -> None:
     """Print and write the summary."""
-    summary = gather(work, sft_run)
+    summary = gather(work, sft_run, rl_run)
     file = work / "summary.json"
     file.write_text(summary.model_dump_json(indent=1) + "\n")
     for kind, loss in summary.losses.items():
@@ -93,4 +93,4 @@ def main(work: Path, sft_run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

@@ -15,7 +15,7 @@ from megatron_klong.agent.clock import BudgetClock, BudgetReport
 from megatron_klong.agent.context import LiveContext
 from megatron_klong.agent.tools import Workplace, describe_tools, use_tool
 from megatron_klong.inference.wire import Generation, Sampling
-from megatron_klong.sandbox.base import Sandbox
+from megatron_klong.sandbox.base import Sandbox, SandboxError
 from megatron_klong.trajectory.render import Renderer
 from megatron_klong.trajectory.schema import Message
 from megatron_klong.window import ContextWindow
@@ -28,6 +28,8 @@ class StopReason(StrEnum):
 
     SUBMITTED = "submitted"
     TIMEOUT = "timeout"
+    SANDBOX_LOST = "sandbox_lost"
+    """A command ended the sandbox, and all work with it."""
 
 
 class OutOfTimeError(Exception):
@@ -140,7 +142,7 @@ class Agent:
         """Play an episode to its end.
 
         Raises:
-            ServerError, SandboxError: the engine or the sandbox failed.
+            ServerError: the engine failed.
             ValueError: the task's messages do not fit in the window's prefix.
         """
         tools = describe_tools()
@@ -192,7 +194,12 @@ class Agent:
             left = clock.seconds_left()
             seconds = self.tool_seconds if left is None else min(left, self.tool_seconds)
             start = time.monotonic()
-            seen = await use_tool(call, Workplace(sandbox, task.sections, seconds))
+            try:
+                seen = await use_tool(call, Workplace(sandbox, task.sections, seconds))
+            except SandboxError as error:
+                # It worked until this call: what the agent did is its own, and is graded.
+                answers.append(Message("tool", f"The sandbox is lost: {error}"))
+                return answers, StopReason.SANDBOX_LOST
             clock.used_tool(time.monotonic() - start)
             answers.append(Message("tool", seen.text))
             if seen.submitted:

@@ -109,9 +109,9 @@ class RlTrainerConfig(StrictModel):
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept. There is one after every iteration, before its weights are served."""
 
-    sync_tolerance: float = Field(default=1e-4, gt=0)
-    """How far a log-prob of a server may be from the trainer's after a sync; 1e-4 for fp32, 0.15 for
-    bf16 was measured."""
+    sync_tolerance: float | None = Field(default=None, gt=0)
+    """How far a log-prob of a server may be from the trainer's after a sync. Default: 1e-4 with
+    `model.precision: fp32`, 0.15 with bf16, whose rounding differs between implementations."""
 
     chunk_bytes: int = Field(default=64 << 20, gt=0)
     """Shared memory of a chunk, for `transfer: shm`."""
@@ -161,6 +161,12 @@ class RlConfig(StrictModel):
         return self.trainer.row_tokens or self.window.max_tokens
 
     @property
+    def sync_tolerance(self) -> float:
+        """The tolerance of probes, resolved."""
+        default = 1e-4 if self.model.precision == "fp32" else 0.15
+        return self.trainer.sync_tolerance or default
+
+    @property
     def trainer_settings(self) -> TrainerSettings:
         """What the trainer is built from."""
         return TrainerSettings(
@@ -180,6 +186,12 @@ class RlConfig(StrictModel):
             )
         if self.window.prefix == "marked":
             raise ValueError("window.prefix=marked: live tasks carry no mark; use task or reading")
+        if self.objective.normalise == "rollout" and self.objective.updates > 1:
+            raise ValueError(
+                f"objective.normalise=rollout does not go with objective.updates={self.objective.updates}: "
+                "the windows of a rollout fall into different updates; use normalise=window or token, or 1 "
+                "update"
+            )
         if self.servers > 1 and self.server.port:
             raise ValueError(f"server.port={self.server.port} cannot serve {self.servers} servers; use 0")
         if (self.server.dtype == "float32") != (self.model.precision == "fp32"):

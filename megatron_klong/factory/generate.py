@@ -19,8 +19,13 @@ from megatron_klong.factory.replication import (
 from megatron_klong.trajectory.formats import chat_format
 from megatron_klong.trajectory.importing import written_when_complete
 from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
-from megatron_klong.trajectory.render import Piece
-from megatron_klong.trajectory.tokenizer import phrase_tokenizer, save_tokenizer, trajectory_texts
+from megatron_klong.trajectory.render import Piece, Text
+from megatron_klong.trajectory.tokenizer import (
+    block_texts,
+    phrase_tokenizer,
+    save_tokenizer,
+    trajectory_texts,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ def generate_domain(
     if not 0 <= hurried <= 1:
         raise ValueError(f"--hurried {hurried}: must be a share, from 0 to 1")
     family = chat_format(renderer)
-    pieces: list[Piece] = [piece for text in inserted_texts for piece in (text, *family.aside(text))]
-    texts = {piece for piece in pieces if isinstance(piece, str)}
+    asides: list[list[Piece]] = [[Text(text)] for text in inserted_texts]
+    asides += [family.aside(text) for text in inserted_texts]
+    texts = {text for aside in asides for text in block_texts(aside)}
     messages, grades = 0, 0.0
     file = out / "trajectories.jsonl"
     for earlier in (out / "tasks").glob("*/task.json"):

@@ -26,6 +26,10 @@ class SyncError(RuntimeError):
     """A sync failed: the servers stay paused, and serve nothing until a sync has come through."""
 
 
+class DisagreedError(SyncError):
+    """The servers had all the weights, but their log-probs are not the trainer's."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """Tokens, and what the trainer says of them.
@@ -99,7 +103,8 @@ class WeightSync:
         except _Failed as failed:
             self._disconnect()
             self._spoilt = self.init_info.backend != "shm"
-            raise SyncError(
+            kind = DisagreedError if failed.disagreed else SyncError
+            raise kind(
                 f"weights {version!r} did not reach the servers, which stay paused: {failed}"
             ) from None
         meta = self.source.metadata()
@@ -197,7 +202,7 @@ class WeightSync:
         # A NaN on either side compares false: it must not pass.
         if not all(difference <= self.tolerance for difference in apart):
             place = next(n for n, difference in enumerate(apart) if not difference <= self.tolerance)
-            raise ServerError(
+            raise _DisagreeError(
                 f"{url}: token {start + place + 1} of a probe of {len(probe.token_ids)} has log-prob "
                 f"{theirs[place]:.6f} there and {ours[place]:.6f} in the trainer, more than the "
                 f"tolerance {self.tolerance:g} apart"
@@ -220,15 +225,18 @@ class WeightSync:
 
     def _together(self, work: Callable[[], None]) -> None:
         """Run on all ranks; if any fails, all raise the first failure."""
-        error = ""
+        error, disagreed = "", False
         try:
             work()
         except Exception as failed:
-            error = f"{type(failed).__name__}: {failed}" if str(failed) else repr(failed)
-        errors = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(errors, error)
-        if any(errors):
-            raise _Failed(next(each for each in errors if each))
+            name = "ServerError" if isinstance(failed, _DisagreeError) else type(failed).__name__
+            error = f"{name}: {failed}" if str(failed) else repr(failed)
+            disagreed = isinstance(failed, _DisagreeError)
+        errors = [("", False)] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, (error, disagreed))
+        for said, was_probe in errors:
+            if said:
+                raise _Failed(said, was_probe)
 
 
 def _common(probe: Probe, other: Probe) -> int:
@@ -237,8 +245,16 @@ def _common(probe: Probe, other: Probe) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+class _DisagreeError(ServerError):
+    """A server's log-prob is not the trainer's."""
+
+
 class _Failed(Exception):  # noqa: N818 (it is carried, not reported)
     """What went wrong, as agreed by all ranks."""
+
+    def __init__(self, text: str, disagreed: bool = False) -> None:
+        super().__init__(text)
+        self.disagreed = disagreed
 
 
 class _Nobody:

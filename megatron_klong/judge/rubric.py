@@ -38,7 +38,7 @@ class Check(BaseModel):
     """How a leaf is graded: a command in a sandbox that holds the submission in its working folder.
 
     An exit code other than 0 scores 0. With exit code 0 the leaf scores 1, or what a last line
-    ``score: NUMBER`` of its output says, from 0 to 1.
+    ``score: NUMBER`` of its output says, from 0 to 1; any other number there scores 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -31,6 +31,7 @@ class BatchHeader(BaseModel):
         advantages: of each.
         checked: rollouts of the iteration whose every prompt was compared with the windows; also those of
             groups that are not in the batch.
+        dropped_groups: without two graded rollouts, and so without a baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class BatchHeader(BaseModel):
     scores: tuple[float, ...]
     advantages: tuple[float, ...]
     checked: int
+    dropped_groups: int
 
 
 @dataclass(frozen=True)

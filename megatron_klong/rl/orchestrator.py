@@ -5,17 +5,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_klong.agent.episode import Agent
 from megatron_klong.config import RlConfig
-from megatron_klong.data.header import MARKER_TEXT, NOTE_TEXT
 from megatron_klong.inference.wire import Sampling
 from megatron_klong.rl.advantage import group_advantages
 from megatron_klong.rl.batches import BatchHeader, batch_folder, write_batch
 from megatron_klong.rl.exchange import Exchange, Finished
 from megatron_klong.rl.experience import ExperienceMaker, Segment
+from megatron_klong.rl.live import InsertedTokens, live_rule
 from megatron_klong.rl.plans import evaluation_plans, stage_of, training_plans
 from megatron_klong.rl.report import Display, RlLog
 from megatron_klong.rl.serving import GatedEngine
@@ -40,7 +39,8 @@ async def orchestrate(config: RlConfig, display: Display) -> None:
     exchange = Exchange(run.exchange)
     async with GatedEngine(exchange, config.servers) as engine:
         orchestrator = Orchestrator(config, run, engine, display)
-        start = (await engine.request_sync()).iteration
+        with display.phase("waiting for trainer and servers", None):
+            start = (await engine.request_sync()).iteration
         orchestrator.log.resume(start)
         await orchestrator.evaluate_if_due(start)
         for iteration in range(start + 1, config.iterations + 1):
@@ -56,15 +56,6 @@ async def orchestrate(config: RlConfig, display: Display) -> None:
     exchange.tell("finished", Finished())
 
 
-@dataclass(frozen=True)
-class InsertedTokens:
-    """See :class:`megatron_klong.data.windows.InsertedIds`."""
-
-    opening_ids: tuple[int, ...]
-    marker_ids: tuple[int, ...]
-    note_ids: tuple[int, ...]
-
-
 class Orchestrator:
     """What the steps of the loop share."""
 
@@ -74,13 +65,7 @@ class Orchestrator:
         self._display = display
         self.log = RlLog(run, config, display)
         renderer = load_renderer(config.renderer, config.tokenizer)
-        inserted = InsertedTokens(
-            renderer.opening_ids, renderer.marker(MARKER_TEXT), renderer.note(NOTE_TEXT)
-        )
-        rule = ContextWindow.from_config(
-            config.window, marker_tokens=len(inserted.marker_ids),
-            opener_tokens=len(inserted.opening_ids), note_tokens=len(inserted.note_ids),
-        )  # fmt: skip
+        rule, inserted = live_rule(config.window, renderer)
         self._runner = RolloutRunner(
             _agent(config, renderer, rule, inserted), engine, Bubblewrap(), config.sandbox
         )
@@ -98,8 +83,8 @@ class Orchestrator:
         start = time.monotonic()
         what = f"iteration {iteration}/{self._config.iterations}, stage {stage + 1}: rollouts"
         records = await self._complete(what, training_plans(self._config, self._train, iteration))
-        self._write_batch(iteration, stage, records)
-        self.log.rolled_out(iteration, stage, records, time.monotonic() - start)
+        dropped = self._write_batch(iteration, stage, records)
+        self.log.rolled_out(iteration, stage, records, dropped, time.monotonic() - start)
 
     async def evaluate_if_due(self, iteration: int) -> None:
         """Grade the held-out tasks before the first iteration and after each stage."""
@@ -135,13 +120,13 @@ class Orchestrator:
             raise ValueError(f"{what}: infrastructure failed for every rollout, the first by: {reason}")
         return records
 
-    def _write_batch(self, iteration: int, stage: int, records: Sequence[RolloutRecord]) -> None:
-        """Advantages by group, windows by rollout; a group without a baseline is dropped, and counted."""
+    def _write_batch(self, iteration: int, stage: int, records: Sequence[RolloutRecord]) -> int:
+        """Advantages by group, windows by rollout; the number of groups dropped for want of a baseline."""
         groups: list[str] = []
         members: list[RolloutRecord] = []
         advantages: list[float] = []
         segments: list[Segment] = []
-        checked = 0
+        checked = dropped = 0
         for number, group in groupby(records, key=lambda record: record.key.group):
             rollouts = list(group)
             scores = [record.score for record in rollouts]
@@ -151,6 +136,7 @@ class Orchestrator:
             windows = [self._segments(record, len(members) + n) for n, record in enumerate(_graded(rollouts))]
             checked += len(windows)
             if given is None:
+                dropped += 1
                 continue
             groups.append(f"{iteration:05d}-{number:03d}")
             segments += [segment for each in windows for segment in each]
@@ -162,9 +148,10 @@ class Orchestrator:
             iteration=iteration, stage=stage, version=members[0].version or "", groups=tuple(groups),
             rollouts=tuple(record.key.id for record in members),
             scores=tuple(record.score or 0.0 for record in members), advantages=tuple(advantages),
-            checked=checked,
+            checked=checked, dropped_groups=dropped,
         )  # fmt: skip
         write_batch(self._run.batches, header, segments)
+        return dropped
 
     def _segments(self, record: RolloutRecord, number: int) -> list[Segment]:
         """The windows of a rollout; what its engine saw is compared with them."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_klong.agent.tools import describe_tools
 from megatron_klong.config import RlConfig
 from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
 from megatron_klong.model.layout import check_layout
 from megatron_klong.rl.exchange import Exchange
-from megatron_klong.rollout.task import task_folders
+from megatron_klong.rl.live import live_rule
+from megatron_klong.rollout.task import read_task, task_folders
+from megatron_klong.sandbox.bubblewrap import check_hidden
+from megatron_klong.training.fingerprint import fingerprint, weights_fingerprint
 from megatron_klong.training.run_directory import RunDirectory, identity_of
-from megatron_klong.trajectory.render import load_renderer
+from megatron_klong.trajectory.render import Renderer, load_renderer
 
 _CHANGEABLE = (
-    "evaluation.",
     "max_restarts",
     "model.hf_config",
+    "model.weights",
     "parallel",
     "rollout.concurrent",
     "run.dir",
@@ -24,11 +31,27 @@ _CHANGEABLE = (
     "trainer.chunk_bytes",
     "trainer.keep_last",
 )
-"""Keys that may differ on a resume: where inputs stand, and how a run is executed."""
+"""Keys that may differ on a resume: where inputs stand, and how a run is executed. What stands there is
+compared by content."""
+
+_LOCK_SECONDS = 30.0
 
 
-def check_rl(config: RlConfig) -> Glm4MoeConfig:
-    """Check model, layout, tokenizer, server and tasks against one another; before anything is started.
+@dataclass(frozen=True)
+class CheckedRl:
+    """What a run is about to use.
+
+    Attributes:
+        model: its shape.
+        contents: fingerprints of weights, tokenizer and tasks.
+    """
+
+    model: Glm4MoeConfig
+    contents: dict[str, str]
+
+
+def check_rl(config: RlConfig) -> CheckedRl:
+    """Check model, layout, tokenizer, server and every task against one another; before anything is started.
 
     Raises:
         ValueError: names the field and the remedy.
@@ -41,26 +64,59 @@ def check_rl(config: RlConfig) -> Glm4MoeConfig:
             f"tokenizer={config.tokenizer}: has {renderer.vocab_size} tokens, more than the model's "
             f"vocab_size={hf.vocab_size}; use the model's own tokenizer"
         )
-    for folder in (config.tasks.train, config.tasks.held_out):
-        if folder is not None:
-            task_folders(folder)
     if load_hf_config(config.server.model) != hf:
         raise ValueError(
             f"server.model={config.server.model} is a model of another shape than "
             f"model.hf_config={config.model.hf_config}"
         )
-    return hf
+    check_hidden("run.dir", config.run.dir)
+    contents = {"tokenizer.content": renderer.fingerprint}
+    seen: dict[str, Path] = {}
+    for name, root in (("train", config.tasks.train), ("held_out", config.tasks.held_out)):
+        if root is not None:
+            check_hidden(f"tasks.{name}", root)
+            contents[f"tasks.{name}.content"] = _check_tasks(root, config, renderer, seen)
+    assert config.model.weights is not None
+    contents["model.weights.content"] = weights_fingerprint(config.model.weights)
+    return CheckedRl(hf, contents)
 
 
-def prepare_run(config: RlConfig, *, fresh: bool = False) -> RunDirectory:
-    """Claim the run directory for this run; every role does, and the first one makes it.
+def _check_tasks(root: Path, config: RlConfig, renderer: Renderer, seen: dict[str, Path]) -> str:
+    """Read every task; the fingerprint of them all.
+
+    Args:
+        seen: ids of tasks that were read before; added to.
+    """
+    rule, _ = live_rule(config.window, renderer)
+    tools = describe_tools()
+    folders = task_folders(root)
+    for folder in folders:
+        task = read_task(folder).agent
+        if task.id in seen:
+            raise ValueError(
+                f"task {folder}: its id {task.id!r} is that of {seen[task.id]}; ids must differ, and "
+                "held-out tasks are never trained on"
+            )
+        seen[task.id] = folder
+        try:
+            rule.open(len(renderer.initial_ids(task.messages, tools)))
+        except ValueError as error:
+            raise ValueError(f"task {folder}: {error}") from error
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return fingerprint(root, files, whole=True)
+
+
+def claim_run(run: RunDirectory, config: RlConfig, checked: CheckedRl, *, fresh: bool, role: bool) -> None:
+    """Claim the run directory for this run; every process of it does, and the first one makes it.
+
+    Args:
+        role: this process is one of several that may be started with settings of their own; the first
+            config stays.
 
     Raises:
-        ValueError: the config is wrong, or the directory holds another run.
+        ValueError: the directory holds another run.
     """
-    hf = check_rl(config)
-    run = RunDirectory(config.run.dir)
-    with run.locked("prepare", wait=True):
-        run.prepare(config, identity_of(config, _CHANGEABLE, hf), fresh=fresh)
+    identity = identity_of(config, _CHANGEABLE, checked.model) | checked.contents
+    with run.locked("prepare", wait_seconds=_LOCK_SECONDS):
+        run.prepare(config, identity, fresh=fresh, keep_config=role)
     Exchange(run.exchange)
-    return run

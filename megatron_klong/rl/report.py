@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from megatron_klong.config import RlConfig
-from megatron_klong.rl.batches import read_header
+from megatron_klong.rl.batches import BatchHeader, read_header
 from megatron_klong.rl.exchange import Done, Exchange
 from megatron_klong.rl.statistics import Mean, mean_of
 from megatron_klong.rollout.journal import Journal, RolloutRecord
@@ -53,6 +53,7 @@ class RlSummary(BaseModel):
     """A whole run, made of its journal and its messages.
 
     Attributes:
+        dropped_groups: with fewer than two graded rollouts.
         contexts_checked: rollouts whose every prompt was compared with the training windows.
         seconds: by phase; without what an interruption cost.
     """
@@ -61,6 +62,7 @@ class RlSummary(BaseModel):
     iterations: list[IterationSummary]
     rollouts: int
     failed_rollouts: int
+    dropped_groups: int
     contexts_checked: int
     seconds: dict[str, float]
 
@@ -74,23 +76,29 @@ class RlLog:
         self._display = display
 
     def resume(self, iteration: int) -> None:
-        """What was written after ``iteration`` comes again."""
+        """What was written after ``iteration`` comes again; what the trainer said meanwhile is added."""
         self._run.truncate_metrics(iteration)
+        done = Exchange(self._run.exchange).heard(f"done-{iteration}", Done)
+        if done is not None and not any(
+            line["kind"] == "update" and line["step"] == iteration for line in self._lines()
+        ):
+            self.trained(iteration, done)
         if iteration:
             self._display.say(f"resumed after iteration {iteration}")
 
     def rolled_out(
-        self, iteration: int, stage: int, records: Sequence[RolloutRecord], seconds: float
+        self, iteration: int, stage: int, records: Sequence[RolloutRecord], dropped: int, seconds: float
     ) -> None:
-        """An iteration has its rollouts."""
+        """An iteration has its rollouts; ``dropped`` groups of them have no baseline."""
         grades, stops = grades_by_task(records), stops_of(records)
         tokens = sum(record.generated_tokens or 0 for record in records)
         self._write("rollouts", iteration, stage=stage, grade=grades.mean, stops=stops, seconds=seconds,
-                    rollouts=len(records), generated_tokens=tokens)  # fmt: skip
+                    rollouts=len(records), dropped_groups=dropped, generated_tokens=tokens)  # fmt: skip
         ended = ", ".join(f"{count} {reason}" for reason, count in stops.items())
         self._display.say(
             f"iteration {iteration:>3}/{self._config.iterations}  stage {stage + 1}  grade {grades}  "
             f"({ended})  {tokens:,} tokens in {seconds:.0f} s"
+            + (f"; {dropped} groups dropped: fewer than two grades" if dropped else "")
         )
 
     def trained(self, iteration: int, done: Done) -> None:
@@ -114,11 +122,11 @@ class RlLog:
     def summarise(self, journal: Journal) -> None:
         """Write ``summary.json``."""
         summary = self._summary(journal)
-        replace_text(self._run.path / "summary.json", summary.model_dump_json(indent=1) + "\n")
+        replace_text(self._run.summary, summary.model_dump_json(indent=1) + "\n")
         moved = " -> ".join(str(evaluation.grades) for evaluation in summary.evaluations)
         self._display.say(
             f"done: held-out grade {moved or 'not taken'}; {summary.rollouts} rollouts, "
-            f"{summary.contexts_checked} with every context as trained; {self._run.path / 'summary.json'}"
+            f"{summary.contexts_checked} with every context as trained; {self._run.summary}"
         )
 
     def _summary(self, journal: Journal) -> RlSummary:
@@ -143,29 +151,33 @@ class RlLog:
         checked, seconds = self._measured()
         return RlSummary(
             evaluations=evaluations, iterations=iterations, rollouts=len(records),
-            failed_rollouts=sum(record.score is None for record in records), contexts_checked=checked,
-            seconds=seconds,
+            failed_rollouts=sum(record.score is None for record in records),
+            dropped_groups=sum(header.dropped_groups for header in self._headers()),
+            contexts_checked=checked, seconds=seconds,
         )  # fmt: skip
+
+    def _headers(self) -> list[BatchHeader]:
+        return [read_header(self._run.batches, n) for n in range(1, self._config.iterations + 1)]
 
     def _measured(self) -> tuple[int, dict[str, float]]:
         """Rollouts whose contexts were checked, and seconds by phase.
 
-        Of an evaluation that was repeated after an interruption, the last counts.
+        An evaluation that was interrupted is counted with the seconds of its last part, and checked whole.
         """
-        checked = sum(
-            read_header(self._run.batches, iteration).checked
-            for iteration in range(1, self._config.iterations + 1)
-        )
-        lines = map(json.loads, self._run.metrics.read_text().splitlines())
-        last = {(line["kind"], line["step"]): line for line in lines}
+        checked = sum(header.checked for header in self._headers())
+        checks: dict[int, int] = {}
         seconds: defaultdict[str, float] = defaultdict(float)
-        for (kind, _), line in last.items():
-            checked += line.get("contexts_checked", 0)
-            sync = line["sync"]["seconds"] if kind == "update" else 0.0
-            seconds[{"update": "training"}.get(kind, kind)] += line["seconds"] - sync
+        for line in self._lines():
+            checks[line["step"]] = line.get("contexts_checked", checks.get(line["step"], 0))
+            sync = line["sync"]["seconds"] if line["kind"] == "update" else 0.0
+            name = "training" if line["kind"] == "update" else line["kind"]
+            seconds[name] += line["seconds"] - sync
             if sync:
                 seconds["sync"] += sync
-        return checked, dict(seconds)
+        return checked + sum(checks.values()), dict(seconds)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._run.metrics.read_text().splitlines()]
 
     def _write(self, kind: str, iteration: int, **values: Any) -> None:
         with self._run.metrics.open("a") as stream:

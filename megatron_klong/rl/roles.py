@@ -1,6 +1,7 @@
 """The processes of a run, each started alone, as on a cluster: trainer, server, orchestrator.
 
-All take the same config and meet in the run directory. Imports no torch.
+All take the same config and meet in the run directory. Each ends with exit code 0 when the run has finished,
+and with 1 for what another start may mend; a user's error is raised. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,24 +11,28 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from megatron_klong.config import RlConfig
 from megatron_klong.inference.server import VllmServer
 from megatron_klong.inference.wire import ServerError
 from megatron_klong.rl.exchange import Exchange, Finished, ServerAddress
-from megatron_klong.rl.prepare import prepare_run
+from megatron_klong.rl.prepare import check_rl, claim_run
 from megatron_klong.rl.report import Display
 from megatron_klong.training.local_ranks import run_ranks
+from megatron_klong.training.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.5
+_LOCK_SECONDS = 60.0
+"""A role of before may be on its way out: vLLM takes its time."""
 
 
 def run_trainer(config: RlConfig) -> int:
     """Train on this node's ranks, or as one rank of torchrun; the exit code."""
-    run = prepare_run(config)
+    run = _join(config)
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        with run.locked("trainer"):
+        with run.locked("trainer", wait_seconds=_LOCK_SECONDS):
             return run_ranks(
                 "megatron_klong.rl.worker", [str(run.path)], config.parallel.world_size, run.logs / "trainer"
             )
@@ -37,43 +42,58 @@ def run_trainer(config: RlConfig) -> int:
     if os.environ["RANK"] != "0":
         train(config)
         return 0
-    with run.locked("trainer"):
+    with run.locked("trainer", wait_seconds=_LOCK_SECONDS):
         train(config)
     return 0
 
 
 def run_server(config: RlConfig, number: int) -> int:
-    """Serve until the run has finished, or a signal asks for the end; the exit code, 1 when vLLM ended."""
-    run = prepare_run(config)
+    """Serve until the run has finished, or a signal asks for the end; the exit code."""
+    run = _join(config)
+    if number >= config.servers:
+        raise ValueError(f"--number {number}: the config has servers={config.servers}, from 0")
     exchange = Exchange(run.exchange)
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupt)
-    with run.locked(f"server-{number}"):
-        try:
-            with VllmServer(config.server, run.logs / f"vllm-{number}.log") as server:
-                exchange.tell(f"server-{number}", ServerAddress(url=server.url))
-                while exchange.heard("finished", Finished) is None:
-                    server.check()
-                    time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGTERM
-        except ServerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 1
-    return 0
+
+    def serve() -> None:
+        with VllmServer(config.server, run.logs / f"vllm-{number}.log") as server:
+            exchange.tell(f"server-{number}", ServerAddress(url=server.url))
+            while exchange.heard("finished", Finished) is None:
+                server.check()
+                time.sleep(_POLL_SECONDS)
+
+    with run.locked(f"server-{number}", wait_seconds=_LOCK_SECONDS):
+        return _exit_code(serve)
 
 
 def run_orchestrator(config: RlConfig, display: Display) -> int:
     """Roll out and hand over until all stages are done; the exit code."""
     from megatron_klong.rl.orchestrator import orchestrate
 
-    run = prepare_run(config)
-    signal.signal(signal.SIGTERM, _interrupt)
-    with run.locked("orchestrator"):
-        try:
-            asyncio.run(orchestrate(config, display))
-        except KeyboardInterrupt:
-            return 128 + signal.SIGTERM
+    run = _join(config)
+    if Exchange(run.exchange).heard("finished", Finished) is not None:
+        display.say(f"this run has finished: {run.summary}")
+        return 0
+    with run.locked("orchestrator", wait_seconds=_LOCK_SECONDS):
+        return _exit_code(lambda: asyncio.run(orchestrate(config, display)))
+
+
+def _join(config: RlConfig) -> RunDirectory:
+    checked = check_rl(config)
+    run = RunDirectory(config.run.dir)
+    claim_run(run, config, checked, fresh=False, role=True)
+    return run
+
+
+def _exit_code(work: Callable[[], None]) -> int:
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _interrupt)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGTERM
+    except (OSError, ServerError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -16,7 +16,8 @@ from types import FrameType
 
 from megatron_klong.config import RlConfig
 from megatron_klong.rl.exchange import Exchange, Finished
-from megatron_klong.rl.prepare import prepare_run
+from megatron_klong.rl.prepare import check_rl, claim_run
+from megatron_klong.training.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -54,10 +55,16 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
     Raises:
         ValueError: a user's error, found before anything is started.
     """
-    run = prepare_run(config, fresh=fresh)
+    checked = check_rl(config)
+    run = RunDirectory(config.run.dir)
     with run.locked():
-        if Exchange(run.exchange).heard("finished", Finished) is not None:
-            say(f"this run has finished: {run.path / 'summary.json'}; --fresh starts it anew")
+        with contextlib.ExitStack() as idle:
+            if fresh:  # roles may have been started alone, or be on their way out
+                for role in ("trainer", "orchestrator", *(f"server-{n}" for n in range(config.servers))):
+                    idle.enter_context(run.locked(role, wait_seconds=_GRACE_SECONDS))
+            claim_run(run, config, checked, fresh=fresh, role=False)
+        if _finished(run):
+            say(f"this run has finished: {run.summary}; --fresh starts it anew")
             return 0
         run.logs.mkdir(parents=True, exist_ok=True)
         file = str(run.config)
@@ -71,7 +78,7 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
         ]
         with _signals():
             try:
-                return _watch(children, config.max_restarts, say)
+                return _watch(run, children, config.max_restarts, say)
             except _StoppedError as stopped:
                 say(f"stopped by {signal.Signals(stopped.number).name}; the same command goes on")
                 return 128 + stopped.number
@@ -79,7 +86,11 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
                 _end(children)
 
 
-def _watch(children: list[_Child], most: int, say: Callable[[str], None]) -> int:
+def _finished(run: RunDirectory) -> bool:
+    return Exchange(run.exchange).heard("finished", Finished) is not None
+
+
+def _watch(run: RunDirectory, children: list[_Child], most: int, say: Callable[[str], None]) -> int:
     for child in children:
         _start(child)
     orchestrator = children[-1]
@@ -89,7 +100,7 @@ def _watch(children: list[_Child], most: int, say: Callable[[str], None]) -> int
             code = child.process.poll()
             if code is None or (code == 0 and child is not orchestrator):
                 continue
-            if code == 0:
+            if code == 0 or _finished(run):  # killed after its last word, it has nothing more to do
                 return 0
             how = (
                 f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"

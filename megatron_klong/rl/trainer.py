@@ -13,7 +13,7 @@ import torch
 
 from megatron_klong.config import RlConfig
 from megatron_klong.inference.fleet import Fleet
-from megatron_klong.inference.sync import Probe, SyncError, WeightSync
+from megatron_klong.inference.sync import DisagreedError, Probe, SyncError, WeightSync
 from megatron_klong.inference.transfers import trainer_init_info
 from megatron_klong.inference.weight_source import SENDER, MegatronWeightSource
 from megatron_klong.inference.wire import ServerError
@@ -23,13 +23,19 @@ from megatron_klong.rl.batches import batch_folder, read_batch
 from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served
 from megatron_klong.rl.learner import Learner
 from megatron_klong.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory
 from megatron_klong.training.score import score_tokens
 from megatron_klong.training.trainer import build_trainer
 
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 2.0
+_BEAT_SECONDS = 20.0
+"""Ranks that wait for the first one hear from it this often: a collective that takes minutes is taken for a
+hang, and rollouts take hours."""
+
 _PROBES = 3
+_DISAGREEMENTS = 5
 
 Shared = TypeVar("Shared")
 
@@ -55,7 +61,7 @@ class RlProgress:
 class Work:
     """What is to be done next."""
 
-    kind: Literal["batch", "sync", "end"]
+    kind: Literal["batch", "sync", "end", "none"]
     number: int = 0
 
 
@@ -91,6 +97,8 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
         finish(progress.iteration, saving=0.0)  # it ended between its checkpoint and the word of it
     answered = 0
     while (work := _next_work(run, exchange, progress.iteration, answered)).kind != "end":
+        if work.kind == "none":
+            continue
         if work.kind == "sync":
             _tell(exchange, f"served-{work.number}", serve())
             answered = work.number
@@ -133,14 +141,23 @@ class Serving:
         Args:
             progress: names the version.
             log_probs: the trainer's, of :attr:`prompts`.
+
+        Raises:
+            RankError: servers that had all the weights disagreed with the trainer several times in a row.
         """
         version = f"{progress.lineage}:{progress.iteration}"
         probes = [Probe(ids, given) for ids, given in zip(self.prompts, log_probs)]
+        disagreed = 0
         while True:
             start = time.monotonic()
             try:
                 report = self._connected().run(version, probes)
             except (SyncError, ServerError) as error:
+                disagreed = disagreed + 1 if isinstance(error, DisagreedError) else 0
+                if disagreed == _DISAGREEMENTS:
+                    raise RankError(
+                        f"{error} (trainer.sync_tolerance), {disagreed} times in a row"
+                    ) from error
                 _say(f"not served yet: {error}")
                 self._sync = None  # its servers may come back elsewhere
                 time.sleep(_RETRY_SECONDS)
@@ -151,27 +168,33 @@ class Serving:
             )  # fmt: skip
 
     def _connected(self) -> WeightSync:
-        count = self._config.servers
-        urls = tuple(_first(lambda: self._wait_for_servers(count)))
+        urls: tuple[str, ...] = ()
+        while len(urls) < self._config.servers:
+            urls = tuple(_first(self._servers))
         if self._sync is None or self._sync[0] != urls:
             rank = torch.distributed.get_rank()
             fleet = Fleet(urls) if rank == SENDER else None
             way = self._config.server.transfer
             info = trainer_init_info(way, rank, fleet, self._source, self._config.trainer.chunk_bytes)
-            self._sync = urls, WeightSync(self._source, info, fleet, self._config.trainer.sync_tolerance)
+            self._sync = urls, WeightSync(self._source, info, fleet, self._config.sync_tolerance)
         return self._sync[1]
 
-    def _wait_for_servers(self, count: int) -> list[str]:
-        while len(urls := self._exchange.server_urls(count)) < count:
+    def _servers(self) -> list[str]:
+        """Where servers listen: all of them, or after a while those that have said so."""
+        deadline = time.monotonic() + _BEAT_SECONDS
+        while True:
+            urls = self._exchange.server_urls(self._config.servers)
+            if len(urls) == self._config.servers or time.monotonic() > deadline:
+                return urls
             time.sleep(_POLL_SECONDS)
-        return urls
 
 
 def _next_work(run: RunDirectory, exchange: Exchange, iteration: int, answered: int) -> Work:
-    """Wait for a batch, a request or the end; all ranks learn the same."""
+    """Wait a while for a batch, a request or the end; all ranks learn the same."""
 
     def wait() -> Work:
-        while True:
+        deadline = time.monotonic() + _BEAT_SECONDS
+        while time.monotonic() < deadline:
             request = exchange.last_request()
             if request > answered and exchange.heard(f"served-{request}", Served) is None:
                 return Work("sync", request)
@@ -180,6 +203,7 @@ def _next_work(run: RunDirectory, exchange: Exchange, iteration: int, answered: 
             if exchange.heard("finished", Finished) is not None:
                 return Work("end")
             time.sleep(_POLL_SECONDS)
+        return Work("none")
 
     return _first(wait)
 

@@ -67,6 +67,11 @@ async def complete_rollouts(
 
 async def _complete(plan: RolloutPlan, runner: RolloutRunner, journal: Journal) -> None:
     key, found = plan.key, journal.find(plan.key)
+    if found is not None and found.task_id != plan.task.agent.id:
+        raise ValueError(
+            f"journal: {key.id} is a rollout of task {found.task_id!r}, and {plan.task.agent.id!r} is "
+            "wanted; the tasks have changed since the run was started"
+        )
     if found is not None and found.state in (RolloutState.GRADED, RolloutState.FAILED):
         return
     for attempt in range(1, _TRIES + 1):

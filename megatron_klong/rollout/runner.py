@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import tarfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_klong.agent.clock import BudgetClock
-from megatron_klong.agent.episode import Agent, Engine, Episode
+from megatron_klong.agent.episode import Agent, Engine, Episode, StopReason
 from megatron_klong.config.sandbox import SandboxConfig
 from megatron_klong.judge.execute import grade_submission
 from megatron_klong.judge.rubric import NodeGrade
@@ -38,14 +39,20 @@ class RolloutRunner:
             submission: tar file to write; it has its name only when complete.
 
         Raises:
-            SandboxError, ServerError: infrastructure failed.
+            SandboxError: no sandbox could be opened.
+            ServerError: a server failed.
         """
         spec = SandboxSpec(self.limits, task.read_only, task.path)
         sandbox = await self.backend.open(spec)
         try:
             episode = await self.agent.play(task.agent, self.engine, sandbox, clock, seed)
             unfinished = submission.with_name(f".{submission.name}.unfinished")
-            await sandbox.archive(unfinished)
+            try:
+                await sandbox.archive(unfinished)
+            except SandboxError:
+                # It was opened and worked; that it is gone is the work of its commands. Nothing is left.
+                episode = replace(episode, stop=StopReason.SANDBOX_LOST)
+                tarfile.open(unfinished, "w").close()
             unfinished.replace(submission)
         finally:
             await sandbox.close()

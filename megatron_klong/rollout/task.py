@@ -16,12 +16,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_klong.agent.episode import AgentTask
 from megatron_klong.judge.rubric import Check, RubricNode, read_checks, read_rubric
-from megatron_klong.trajectory.schema import Message, Role
+from megatron_klong.trajectory.schema import Message
 
 SHOWN_AT = "/task"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -32,7 +33,7 @@ class TaskMessage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: Role
+    role: Literal["system", "user"]
     content: str
 
 

@@ -11,7 +11,11 @@ from megatron_klong.config.sandbox import SandboxConfig
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed or is gone; not what a command in it did."""
+    """The sandbox itself failed or is gone."""
+
+
+class ArchiveError(Exception):
+    """A tar file does not unpack: it is damaged, or too large for the sandbox."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,13 @@ class SandboxSpec:
         limits: memory, processes, disk, output, time of one command.
         read_only: folders of this machine to show, by the absolute path they get inside.
         path: folders (inside) that come first in the search for programs.
+        environment: variables of commands, beside PATH, HOME (the working folder) and LANG, or instead.
     """
 
     limits: SandboxConfig
     read_only: Mapping[str, Path] = field(default_factory=dict)
     path: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,25 @@ class Sandbox(Protocol):
         """Write a file, folders above it too; what was wrong (such as a full disk), or None."""
         ...
 
+    async def end_processes(self) -> None:
+        """End all that commands left running."""
+        ...
+
     async def archive(self, target: Path) -> tuple[str, ...]:
-        """Write the working folder as a tar file here; names of what was too large to take."""
+        """End all processes, and write the working folder as a tar file here.
+
+        Returns:
+            The first of the names that were left out: what is no file, folder or link, or did not fit into
+            a tar file of the disk's size.
+        """
         ...
 
     async def unpack(self, archive: Path) -> None:
-        """Put the content of such a tar file into the working folder."""
+        """Put the content of such a tar file into the working folder.
+
+        Raises:
+            ArchiveError: it does not unpack.
+        """
         ...
 
     async def close(self) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klong.config.sandbox import SandboxConfig
-from megatron_klong.sandbox.base import CommandResult, SandboxError, SandboxSpec
+from megatron_klong.sandbox.base import ArchiveError, CommandResult, SandboxError, SandboxSpec
 from megatron_klong.sandbox.cgroup import MemoryGroup, memory_group, remove_left_groups
 from megatron_klong.sandbox.framing import CHUNK, LENGTH, frame, header
 
@@ -63,10 +63,15 @@ class Bubblewrap:
         command = [*_bwrap(spec), *(_as_user(user) if os.getuid() == 0 else ()), *_server(spec.limits)]
         if group is not None:
             command = ["sh", "-c", f'echo $$ > {shlex.quote(str(group.procs))} && exec "$@"', "sh", *command]
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE, env={}, start_new_session=True,
-        )  # fmt: skip
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE, env={}, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:  # no process, memory or file descriptor left
+            if group is not None:
+                group.close()
+            raise SandboxError(f"sandbox: could not be started: {error}") from error
         sandbox = BubblewrapSandbox(process, group, spec.limits)
         try:
             await sandbox.run("true", spec.limits.command_seconds)
@@ -105,6 +110,10 @@ class BubblewrapSandbox:
             problem: str | None = (await self._read_fields())["problem"]
         return problem
 
+    async def end_processes(self) -> None:
+        async with self._request({"op": "end_processes"}, 0.0):
+            await self._read_fields()
+
     async def archive(self, target: Path) -> tuple[str, ...]:
         async with self._request({"op": "archive"}, self._limits.command_seconds):
             with target.open("wb") as file:
@@ -118,7 +127,7 @@ class BubblewrapSandbox:
                 self._send(iter(lambda: file.read(CHUNK), b""))
             problem = (await self._read_fields())["problem"]
         if problem is not None:
-            raise SandboxError(f"sandbox: {archive} could not be unpacked: {problem}")
+            raise ArchiveError(f"{archive.name} does not unpack: {problem}")
 
     async def close(self) -> None:
         self._end()
@@ -179,6 +188,15 @@ class BubblewrapSandbox:
         return f"it ended: {text}" if text else "it ended; its processes may have been killed from inside"
 
 
+def check_hidden(field: str, path: Path) -> None:
+    """Refuse a path (ValueError) that every sandbox would show: it is not meant for agents."""
+    for shown in (Path("/usr"), Path(sys.base_prefix)):
+        if path.resolve().is_relative_to(shown.resolve()):
+            raise ValueError(
+                f"{field}={path}: lies in {shown}, which sandboxes show to agents; choose another place"
+            )
+
+
 def _require_open(spec: SandboxSpec) -> None:
     for folder in spec.read_only.values():
         if os.getuid() == 0 and folder.is_dir() and folder.stat().st_mode & 0o5 != 0o5:
@@ -204,13 +222,19 @@ def _bwrap(spec: SandboxSpec) -> list[str]:
         alone = ["--unshare-all"]
     return [
         "bwrap", *alone, "--die-with-parent", "--new-session", "--hostname", "sandbox",
-        "--proc", "/proc", "--dev", "/dev",
+        "--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm",
+        "--remount-ro", "/dev",
         "--perms", "0777", "--size", size, "--tmpfs", WORK, "--perms", "1777", "--size", size,
         "--tmpfs", "/tmp", *_mounts({**shown, **spec.read_only}), *_system(),
         "--remount-ro", "/", "--chdir", WORK, "--clearenv",
         "--setenv", "PATH", ":".join([*spec.path, "/usr/local/bin", "/usr/bin", "/bin"]),
-        "--setenv", "HOME", WORK, "--setenv", "LANG", "C.UTF-8",
+        *_variables({"HOME": WORK, "LANG": "C.UTF-8", **spec.environment}),
     ]  # fmt: skip
+
+
+def _variables(values: dict[str, str]) -> Iterator[str]:
+    for name, value in values.items():
+        yield from ("--setenv", name, value)
 
 
 def _mounts(shown: dict[str, Path]) -> list[str]:

@@ -8,6 +8,7 @@ and bash. Commands run as its own user, so they could kill it: the host then see
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import json
 import os
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _LIBC = ctypes.CDLL(None)
 _PR_SET_DUMPABLE = 4
 _DRAIN_SECONDS = 0.05
+_TAR_ENTRY = 3 * 512  # most of what an entry takes beside its content: header, long name, rounding
+_DEEPEST = 64
+_NAMED = 20
 
 
 def main(limits: dict[str, int]) -> None:
@@ -39,7 +43,7 @@ def main(limits: dict[str, int]) -> None:
     _LIBC.prctl(_PR_SET_DUMPABLE, 0)  # commands may not look into this process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     operations: dict[str, Callable[..., None]] = {
-        "run": _run, "write": _write, "archive": _archive, "unpack": _unpack,
+        "run": _run, "write": _write, "archive": _archive, "unpack": _unpack, "end_processes": _end_processes,
     }  # fmt: skip
     while (request := _read(requests)) is not None:
         fields = json.loads(request)
@@ -53,22 +57,39 @@ def _run(
     start = time.monotonic()
     kept = _Kept(limits["output"])
     try:
-        process = _start(command, limits)
-    except OSError:
-        # Others than this process hold all that the limits allow: end them, or nothing can run again.
-        os.kill(-1, signal.SIGKILL)
-        time.sleep(_DRAIN_SECONDS)
-        kept.add(b"[the limit of processes was reached; all processes in the sandbox were ended]\n")
-        try:
-            process = _start(command, limits)
-        except OSError as error:
-            kept.add(f"[the command could not be started: {error.strerror}]\n".encode())
-            answers.write(
-                header({"exit_code": 126, "seconds": time.monotonic() - start}) + frame(kept.bytes())
-            )
-            return
-    exit_code = _watch(process, kept, start + timeout)
+        exit_code = _watch(_start_with_room(command, limits, kept), kept, start + timeout)
+    except (OSError, ValueError) as error:  # such as a command that is too long, or holds a NUL
+        kept.add(
+            f"[the command could not be started: {getattr(error, 'strerror', None) or error}]\n".encode()
+        )
+        exit_code = 126
     answers.write(header({"exit_code": exit_code, "seconds": time.monotonic() - start}) + frame(kept.bytes()))
+
+
+def _start_with_room(command: str, limits: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:
+    try:
+        return _start(command, limits)
+    except (OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EAGAIN, errno.ENOMEM):
+            raise
+        # Others than this process hold all that the limits allow: end them, or nothing can run again.
+        _kill_all()
+        kept.add(b"[the limit of processes was reached; all processes in the sandbox were ended]\n")
+        return _start(command, limits)
+
+
+def _kill_all() -> None:
+    """End every process in the sandbox that this one may end, except itself."""
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    time.sleep(_DRAIN_SECONDS)
+
+
+def _end_processes(_requests: BinaryIO, answers: BinaryIO, _limits: dict[str, int]) -> None:
+    _kill_all()
+    answers.write(header({}))
 
 
 def _start(command: str, limits: dict[str, int]) -> subprocess.Popen[bytes]:
@@ -165,28 +186,51 @@ def _write(requests: BinaryIO, answers: BinaryIO, _limits: dict[str, int], path:
 
 
 def _archive(_requests: BinaryIO, answers: BinaryIO, limits: dict[str, int]) -> None:
-    """The working folder, regular files up to the size of the disk: a file with holes may claim more."""
+    """The working folder as a tar file that is no larger than the disk, whatever files claim to hold."""
     import tarfile
 
-    left, too_large = limits["disk"], []
-
-    def take(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        nonlocal left
-        if not (entry.isreg() or entry.isdir() or entry.issym()):
-            return None
-        if entry.size > left:
-            too_large.append(entry.name)
-            return None
-        left -= entry.size
-        return entry
-
+    _kill_all()  # nothing may change while it is read
+    left = limits["disk"] - tarfile.RECORDSIZE  # what ends the file
+    left_out: list[str] = []
+    waiting = [(name, 1) for name in sorted(os.listdir(), reverse=True)]
     with tarfile.open(fileobj=_Frames(answers), mode="w|") as tar:
-        for name in sorted(os.listdir()):
+        while waiting:
+            name, depth = waiting.pop()
+            tar.inodes = {}  # type: ignore[attr-defined]  # a second link to a file is a file as well
             try:
-                tar.add(name, filter=take)
-            except OSError:
-                too_large.append(name)  # gone, or closed to its own user
-    answers.write(frame(b"") + header({"left_out": too_large}))
+                entry = tar.gettarinfo(name)
+            except OSError:  # closed to its own user
+                entry = None
+            if entry is None or not (entry.isreg() or entry.isdir() or entry.issym()):
+                left_out.append(name)
+                continue
+            entry.mtime = int(entry.mtime)  # or every entry would need another one for the fraction
+            size = _TAR_ENTRY + (entry.size if entry.isreg() else 0)
+            if size > left or depth > _DEEPEST or not _add(tar, entry):
+                left_out.append(name)
+                continue
+            left -= size
+            if entry.isdir():
+                waiting += [(f"{name}/{each}", depth + 1) for each in _listed(name)]
+    answers.write(frame(b"") + header({"left_out": left_out[:_NAMED]}))
+
+
+def _add(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
+    if entry.isreg() and not os.access(entry.name, os.R_OK):
+        return False
+    if not entry.isreg():
+        tar.addfile(entry)
+        return True
+    with open(entry.name, "rb") as file:
+        tar.addfile(entry, file)
+    return True
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder), reverse=True)
+    except OSError:
+        return []
 
 
 def _unpack(requests: BinaryIO, answers: BinaryIO, _limits: dict[str, int]) -> None:
@@ -197,7 +241,7 @@ def _unpack(requests: BinaryIO, answers: BinaryIO, _limits: dict[str, int]) -> N
     try:
         with tarfile.open(fileobj=content) as tar:
             tar.extractall(".", filter="tar")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
         problem = str(error)
     answers.write(header({"problem": problem}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,11 +16,15 @@ from pydantic import BaseModel
 
 from megatron_klong.config import SftConfig, dump_config
 from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.training.fingerprint import weights_fingerprint
 from megatron_klong.training.preflight import CheckedInputs
+
+_POLL_SECONDS = 0.1
 
 SFT_CHANGEABLE = (
     "data.store",
     "model.hf_config",
+    "model.weights",
     "parallel",
     "run.dir",
     "training.eval_every",
@@ -39,6 +44,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.identity = path / "identity.json"
         self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.rollouts = path / "rollouts"
@@ -46,36 +52,44 @@ class RunDirectory:
         self.exchange = path / "exchange"
 
     @contextmanager
-    def locked(self, part: str = "run", *, wait: bool = False) -> Iterator[None]:
+    def locked(self, part: str = "run", *, wait_seconds: float = 0.0) -> Iterator[None]:
         """Hold the directory for one process.
 
         Args:
             part: what of the run this process is, where several work in one directory.
-            wait: for another process that holds it, instead of an error.
+            wait_seconds: how long to wait for another process that holds it.
 
         Raises:
             ValueError: another process holds it, or it cannot be written.
         """
+        deadline = time.monotonic() + wait_seconds
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / f".{part}.lock").open("w")
         except OSError as error:
             raise ValueError(f"run.dir={self.path}: {error.strerror}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise ValueError(
-                    f"run.dir={self.path}: another process is running in it ({part}); wait for it, or "
-                    "choose another directory"
-                ) from None
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise ValueError(
+                            f"run.dir={self.path}: another process is running in it ({part}); wait for it, "
+                            "or choose another directory"
+                        ) from None
+                    time.sleep(_POLL_SECONDS)
             yield
 
-    def prepare(self, config: BaseModel, identity: dict[str, Any], *, fresh: bool) -> None:
+    def prepare(
+        self, config: BaseModel, identity: dict[str, Any], *, fresh: bool, keep_config: bool = False
+    ) -> None:
         """Claim the directory for this run, which may have been started in it before.
 
         Args:
             config: the resolved config; saved as ``config.yaml``.
+            keep_config: leave a ``config.yaml`` that is there: another process of the run wrote it.
             identity: what makes two starts the same run (see :func:`identity_of`).
             fresh: delete an earlier run first; other files in the directory stay.
 
@@ -94,7 +108,8 @@ class RunDirectory:
             )
         # The identity first: a directory that has one is a run, whatever else is missing.
         replace_text(self.identity, json.dumps(identity, indent=2) + "\n")
-        replace_text(self.config, dump_config(config))
+        if not (keep_config and self.config.is_file()):
+            replace_text(self.config, dump_config(config))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after ``step``: a resumed run writes them again."""
@@ -124,7 +139,7 @@ class RunDirectory:
         for folder in (self.checkpoints, self.logs, self.rollouts, self.batches, self.exchange):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for path in (self.metrics, self.config, self.identity):
+        for path in (self.metrics, self.summary, self.config, self.identity):
             path.unlink(missing_ok=True)
 
 
@@ -137,7 +152,10 @@ def replace_text(file: Path, text: str) -> None:
 
 def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
     """What makes two starts the same supervised run."""
-    return identity_of(config, SFT_CHANGEABLE, inputs.model) | {"data.content": inputs.data.content_sha256}
+    contents = {"data.content": inputs.data.content_sha256}
+    if config.model.weights is not None:
+        contents["model.weights.content"] = weights_fingerprint(config.model.weights)
+    return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents
 
 
 def identity_of(config: BaseModel, changeable: tuple[str, ...], model: Glm4MoeConfig) -> dict[str, Any]:

@@ -12,8 +12,11 @@ answer block is rendered without its first token where that token is the action'
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -28,14 +31,41 @@ from megatron_klong.trajectory.schema import (
 )
 
 
+class TokenKind(IntEnum):
+    """What a token is a part of."""
+
+    TEMPLATE = 0
+    """Control tokens, and the fixed words of the chat format."""
+    TOOLS = 1
+    """Descriptions of tools."""
+    SYSTEM = 2
+    USER = 3
+    TOOL = 4
+    """Results of calls."""
+    REASONING = 5
+    CONTENT = 6
+    CALL = 7
+    STOP = 8
+    """What ends an assistant's message."""
+
+
 @dataclass(frozen=True)
 class Control:
     """A control token, by its spelling in the tokenizer."""
 
     token: str
+    kind: TokenKind = TokenKind.TEMPLATE
 
 
-Piece = str | Control
+@dataclass(frozen=True)
+class Text:
+    """Text, encoded together with its neighbours."""
+
+    text: str
+    kind: TokenKind = TokenKind.TEMPLATE
+
+
+Piece = Text | Control
 
 
 @dataclass(frozen=True)
@@ -102,24 +132,50 @@ class ChatFormat(Protocol):
 
 
 @dataclass(frozen=True)
+class Block:
+    """Token ids, and what each is a part of (:class:`TokenKind` as bytes)."""
+
+    ids: tuple[int, ...]
+    kinds: bytes = b""
+
+    def __add__(self, other: Block) -> Block:
+        return Block(self.ids + other.ids, self.kinds + other.kinds)
+
+
+@dataclass(frozen=True)
 class RenderedTurn:
-    """Token ids of one turn.
+    """One turn.
 
     Attributes:
-        action_ids: opening and action; the first ``len(opening_ids)`` of them are context.
-        answer_ids: the answer block, empty where nothing answers.
+        action: opening and action; the first ``len(opening_ids)`` tokens are context.
+        answer: the answer block, empty where nothing answers.
     """
 
-    action_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    action: Block
+    answer: Block
+
+    @property
+    def action_ids(self) -> tuple[int, ...]:
+        """Ids of opening and action."""
+        return self.action.ids
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """Ids of the answer block."""
+        return self.answer.ids
 
 
 @dataclass(frozen=True)
 class RenderedTrajectory:
-    """Token ids of a whole trajectory, in blocks."""
+    """A whole trajectory, in blocks."""
 
-    initial_ids: tuple[int, ...]
+    initial: Block
     turns: tuple[RenderedTurn, ...]
+
+    @property
+    def initial_ids(self) -> tuple[int, ...]:
+        """Ids of the messages before the first action."""
+        return self.initial.ids
 
 
 class Renderer:
@@ -148,19 +204,34 @@ class Renderer:
 
     def encode(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
         """Token ids of pieces; neighbouring texts are encoded as one."""
-        ids: list[int] = []
-        text = ""
-        for piece in pieces:
-            if isinstance(piece, str):
-                text += piece
-                continue
-            ids += self._encode_text(text)
-            ids.append(self._control_ids[piece.token])
-            text = ""
-        return tuple(ids + self._encode_text(text))
+        return self.encode_block(pieces).ids
 
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+    def encode_block(self, pieces: Sequence[Piece]) -> Block:
+        """Token ids of pieces with what each is a part of: that of its first letter."""
+        ids: list[int] = []
+        kinds = bytearray()
+        for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+            if is_text:
+                texts = [piece for piece in group if isinstance(piece, Text) and piece.text]
+                encoded, of_each = self._encode_texts(texts)
+                ids += encoded
+                kinds += of_each
+                continue
+            for piece in group:
+                assert isinstance(piece, Control)
+                ids.append(self._control_ids[piece.token])
+                kinds.append(piece.kind)
+        return Block(tuple(ids), bytes(kinds))
+
+    def _encode_texts(self, texts: Sequence[Text]) -> tuple[list[int], bytes]:
+        if not texts:
+            return [], b""
+        encoding = self._tokenizer.encode("".join(text.text for text in texts), add_special_tokens=False)
+        if len({text.kind for text in texts}) == 1:
+            return encoding.ids, bytes([texts[0].kind]) * len(encoding.ids)
+        ends = list(accumulate(len(text.text) for text in texts))
+        places = (min(bisect_right(ends, start), len(texts) - 1) for start, _ in encoding.offsets)
+        return encoding.ids, bytes(texts[place].kind for place in places)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids with control tokens spelled out, for people."""
@@ -172,22 +243,24 @@ class Renderer:
 
     def note(self, text: str) -> tuple[int, ...]:
         """Ids of the text that stands where a block was cut."""
-        return self.encode([text])
+        return self.encode([Text(text)])
 
     def render(self, trajectory: Trajectory) -> RenderedTrajectory:
         """Render every block of a trajectory once."""
         parts = turns(trajectory.messages)
+        opening = self.encode_block(self.format.opening())
         rendered: list[RenderedTurn] = []
         for number, turn in enumerate(parts):
             ends = number == len(parts) - 1 and not turn.answer
             pieces = self.format.action(turn.action, last=ends)
             if not turn.action.cut:
-                pieces = [*pieces, self.format.stop(turn.answer)]
-            action_ids = self.opening_ids + self.encode(pieces)
-            answer_ids = () if ends else self.answer_ids(turn.answer, action_ids)
-            rendered.append(RenderedTurn(action_ids, answer_ids))
-        initial_ids = self.initial_ids(initial_messages(trajectory.messages), trajectory.tools)
-        return RenderedTrajectory(initial_ids, tuple(rendered))
+                pieces = [*pieces, replace(self.format.stop(turn.answer), kind=TokenKind.STOP)]
+            action = opening + self.encode_block(pieces)
+            answer = Block(()) if ends else self._answer(turn.answer, action.ids)
+            rendered.append(RenderedTurn(action, answer))
+        messages = initial_messages(trajectory.messages)
+        initial = self.encode_block(self.format.initial(messages, trajectory.tools))
+        return RenderedTrajectory(initial, tuple(rendered))
 
     def initial_ids(self, messages: Sequence[Message], tools: Sequence[Json]) -> tuple[int, ...]:
         """Ids of the messages before the first action."""
@@ -195,8 +268,12 @@ class Renderer:
 
     def answer_ids(self, messages: Sequence[Message], action_ids: Sequence[int]) -> tuple[int, ...]:
         """Ids of what answers an action; without its first token where the action ends with that."""
-        ids = self.encode(self.format.answer(messages))
-        return ids[1:] if ids[:1] == tuple(action_ids[-1:]) and ids[0] in self.stop_ids else ids
+        return self._answer(messages, action_ids).ids
+
+    def _answer(self, messages: Sequence[Message], action_ids: Sequence[int]) -> Block:
+        block = self.encode_block(self.format.answer(messages))
+        shared = block.ids[:1] == tuple(action_ids[-1:]) and block.ids[0] in self.stop_ids
+        return Block(block.ids[1:], block.kinds[1:]) if shared else block
 
     def parse_action(self, ids: Sequence[int], tools: Sequence[Json]) -> ParsedAction:
         """The message that sampled ids (the opening left out) stand for."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_klong.trajectory.render import ChatFormat, Piece
+from megatron_klong.trajectory.render import ChatFormat, Piece, Text
 from megatron_klong.trajectory.schema import Trajectory, initial_messages, turns
 
 _DIGIT = re.compile(r"\d")
@@ -24,7 +25,15 @@ def trajectory_texts(trajectory: Trajectory, chat_format: ChatFormat) -> Iterato
     ]
     for turn in parts:
         blocks += [chat_format.action(turn.action, last=False), chat_format.answer(turn.answer)]
-    return (piece for block in blocks for piece in block if isinstance(piece, str))
+    for block in blocks:
+        yield from block_texts(block)
+
+
+def block_texts(block: Sequence[Piece]) -> Iterator[str]:
+    """The texts of a block as they are encoded: neighbours as one."""
+    for is_text, group in groupby(block, key=lambda piece: isinstance(piece, Text)):
+        if is_text:
+            yield "".join(piece.text for piece in group if isinstance(piece, Text))
 
 
 def train_bpe_tokenizer(texts: Iterable[str], chat_format: ChatFormat, vocab_size: int) -> Tokenizer:

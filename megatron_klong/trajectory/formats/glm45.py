@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_klong.trajectory.formats.parsing import argument_type, parse_action, typed_argument
 from megatron_klong.trajectory.formats.reasoning import split_reasoning
-from megatron_klong.trajectory.render import Control, ParsedAction, Piece
+from megatron_klong.trajectory.render import Control, ParsedAction, Piece, Text, TokenKind
 from megatron_klong.trajectory.schema import Json, Message, ToolCall
 
 _USER, _SYSTEM = Control("<|user|>"), Control("<|system|>")
@@ -63,15 +63,15 @@ class Glm45Format:
         pieces: list[Piece] = [Control("[gMASK]"), Control("<sop>")]
         if tools:
             described = "".join(f"{_json(tool)}\n" for tool in tools)
-            pieces += [_SYSTEM, _TOOLS_BEFORE + described + _TOOLS_AFTER]
+            pieces += [_SYSTEM, Text(_TOOLS_BEFORE), Text(described, TokenKind.TOOLS), Text(_TOOLS_AFTER)]
         return pieces + self.answer(messages)
 
     def action(self, message: Message, *, last: bool) -> list[Piece]:
         reasoning, content = split_reasoning(message)
-        text = f"\n<think>{reasoning.strip()}</think>"
+        pieces: list[Piece] = [Text(f"\n<think>{reasoning.strip()}</think>", TokenKind.REASONING)]
         if content.strip():
-            text += "\n" + content.strip()
-        return [text + "".join(_call(call) for call in message.tool_calls)]
+            pieces.append(Text("\n" + content.strip(), TokenKind.CONTENT))
+        return [*pieces, *(Text(_call(call), TokenKind.CALL) for call in message.tool_calls)]
 
     def parse(self, text: str, tools: Sequence[Json]) -> ParsedAction:
         return parse_action(text, partial(_parse_call, tools=tools))
@@ -86,14 +86,16 @@ class Glm45Format:
             if message.role == "tool":
                 if previous != "tool":
                     pieces.append(_OBSERVATION)
-                pieces.append(f"\n<tool_response>\n{message.content or ''}\n</tool_response>")
+                text = f"\n<tool_response>\n{message.content or ''}\n</tool_response>"
+                pieces.append(Text(text, TokenKind.TOOL))
             else:
-                pieces += [Control(f"<|{message.role}|>"), "\n" + (message.content or "")]
+                kind = TokenKind.SYSTEM if message.role == "system" else TokenKind.USER
+                pieces += [Control(f"<|{message.role}|>"), Text("\n" + (message.content or ""), kind)]
             previous = message.role
         return pieces
 
     def aside(self, text: str) -> list[Piece]:
-        return [_USER, "\n" + text]
+        return [_USER, Text("\n" + text)]
 
 
 def _call(call: ToolCall) -> str:

@@ -32,6 +32,8 @@ def parse_action(text: str, parse_call: Callable[[str], ToolCall | str]) -> Pars
         if after.strip():
             return ParsedAction(whole, f"text follows call {number}; calls come last")
         result = parse_call(inside)
+        if isinstance(result, ToolCall) and not _encodable(result):
+            result = "its arguments hold what is no text or no number of JSON"
         if isinstance(result, str):
             return ParsedAction(whole, f"call {number}: {result}")
         parsed.append(result)
@@ -42,6 +44,15 @@ def parse_action(text: str, parse_call: Callable[[str], ToolCall | str]) -> Pars
         tool_calls=tuple(parsed),
     )  # fmt: skip
     return ParsedAction(message)
+
+
+def _encodable(call: ToolCall) -> bool:
+    """Whether a call can be kept: no half of a surrogate pair, no NaN, nothing nested beyond reason."""
+    try:
+        json.dumps([call.name, call.arguments], ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def argument_type(tools: Sequence[Json], tool: str, argument: str) -> str | None:
@@ -60,5 +71,5 @@ def typed_argument(text: str, kind: str | None) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -14,7 +14,7 @@ from itertools import groupby
 
 from megatron_klong.trajectory.formats.parsing import parse_action
 from megatron_klong.trajectory.formats.reasoning import split_reasoning
-from megatron_klong.trajectory.render import Control, ParsedAction, Piece
+from megatron_klong.trajectory.render import Control, ParsedAction, Piece, Text, TokenKind
 from megatron_klong.trajectory.schema import Json, Message, ToolCall
 
 _START, _END = Control("<|im_start|>"), Control("<|im_end|>")
@@ -42,7 +42,7 @@ class Qwen3Format:
     stops = ("<|im_end|>", "<|endoftext|>")
 
     def opening(self) -> list[Piece]:
-        return [_START, "assistant\n"]
+        return [_START, Text("assistant\n")]
 
     def initial(self, messages: Sequence[Message], tools: Sequence[Json]) -> list[Piece]:
         if not tools:
@@ -51,17 +51,23 @@ class Qwen3Format:
         if messages and messages[0].role == "system":
             system, rest = f"{messages[0].content or ''}\n\n", messages[1:]
         described = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
-        header = _message("system", system + _TOOLS_BEFORE + described + _TOOLS_AFTER)
-        return header + self._messages(rest)
+        header = [
+            Text("system\n"), Text(system, TokenKind.SYSTEM), Text(_TOOLS_BEFORE),
+            Text(described, TokenKind.TOOLS), Text(_TOOLS_AFTER),
+        ]  # fmt: skip
+        return [_START, *header, _END, Text("\n"), *self._messages(rest)]
 
     def action(self, message: Message, *, last: bool) -> list[Piece]:
         reasoning, content = split_reasoning(message)
-        text = content
+        pieces: list[Piece] = []
         if reasoning or last:
             thought = reasoning.strip("\n")
-            text = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
-        calls = [_call(call) for call in message.tool_calls]
-        return ["\n".join([text, *calls] if content or not calls else [text + calls[0], *calls[1:]])]
+            pieces.append(Text(f"<think>\n{thought}\n</think>\n\n", TokenKind.REASONING))
+        pieces.append(Text(content.lstrip("\n") if pieces else content, TokenKind.CONTENT))
+        for number, call in enumerate(message.tool_calls):
+            between = "\n" if number or content else ""  # one feed, though the content may have been feeds
+            pieces.append(Text(between + _call(call), TokenKind.CALL))
+        return pieces
 
     def parse(self, text: str, tools: Sequence[Json]) -> ParsedAction:
         return parse_action(text, _parse_call)
@@ -71,7 +77,7 @@ class Qwen3Format:
 
     def answer(self, messages: Sequence[Message]) -> list[Piece]:
         # The line feed after <|im_end|> is the template's, not the model's.
-        return [_END, "\n", *self._messages(messages)]
+        return [_END, Text("\n"), *self._messages(messages)]
 
     def aside(self, text: str) -> list[Piece]:
         return _message("user", text)
@@ -81,15 +87,16 @@ class Qwen3Format:
         for is_tool, group in groupby(messages, key=lambda message: message.role == "tool"):
             if is_tool:
                 results = (f"\n<tool_response>\n{result.content or ''}\n</tool_response>" for result in group)
-                pieces += [_START, "user" + "".join(results), _END, "\n"]
+                pieces += [_START, Text("user"), Text("".join(results), TokenKind.TOOL), _END, Text("\n")]
             else:
                 for message in group:
-                    pieces += _message(message.role, message.content or "")
+                    kind = TokenKind.SYSTEM if message.role == "system" else TokenKind.USER
+                    pieces += _message(message.role, message.content or "", kind)
         return pieces
 
 
-def _message(role: str, text: str) -> list[Piece]:
-    return [_START, f"{role}\n{text}", _END, "\n"]
+def _message(role: str, text: str, kind: TokenKind = TokenKind.TEMPLATE) -> list[Piece]:
+    return [_START, Text(f"{role}\n"), Text(text, kind), _END, Text("\n")]
 
 
 def _call(call: ToolCall) -> str:
@@ -101,7 +108,7 @@ def _parse_call(text: str) -> ToolCall | str:
     """One call, without its tags; or what is wrong with it."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return 'not {"name": ..., "arguments": {...}}'
