@@ -51,7 +51,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("optimizer.lr=.inf", "optimizer.lr=inf: Input should be a finite number"),
         ("optimizer.min_lr=1", "optimizer.min_lr=1.0 must not exceed optimizer.lr=0.003"),
         ("parallel.nproc=6", "6 ranks cannot hold tensor=2 x pipeline=2 with expert=2; use a multiple of 4"),
-        ("optimizer.warmup_steps=120", "warmup_steps=120 must be below the run's 120 optimizer steps"),
+        ("optimizer.warmup_steps=160", "warmup_steps=160 must be below the run's 160 optimizer steps"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None:

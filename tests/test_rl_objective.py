@@ -103,7 +103,7 @@ def uneven_batch() -> Batch:
     )  # fmt: skip
     header = BatchHeader(
         iteration=3, stage=0, version="v", groups=("g",), rollouts=("a", "b", "c"), scores=(1.0, 0.0, 0.2),
-        advantages=(0.6, -0.4, -0.2), checked=3,
+        advantages=(0.6, -0.4, -0.2), checked=3, dropped_groups=0,
     )  # fmt: skip
     return Batch(header, segments)
 

@@ -14,11 +14,12 @@ from megatron_klong.data.dataset import build_datasets
 from megatron_klong.data.header import part, window_rule
 from megatron_klong.data.report import split_report
 from megatron_klong.data.show import show_trajectory
-from megatron_klong.data.store import TokenStore, TokenStoreWriter
+from megatron_klong.data.store import TokenStore
 from megatron_klong.data.tokenize import tokenize
-from megatron_klong.data.windows import WindowAssembler, split_trajectory
+from megatron_klong.data.windows import WindowAssembler, split_store
 from megatron_klong.trajectory.formats import FORMATS
 from megatron_klong.trajectory.importing import read_imported
+from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
 from megatron_klong.trajectory.render import Renderer, load_renderer
 from megatron_klong.trajectory.schema import Message, Trajectory
 from megatron_klong.trajectory.tokenizer import phrase_tokenizer, save_tokenizer
@@ -103,10 +104,11 @@ def test_real_windows_are_the_contexts_of_a_live_run(real_store: tuple[Path, Pat
     renderer = load_renderer("glm-4.5", prefix.parent / "tokenizer")
     rule = window_rule(REAL_WINDOW, store.header)
     assembler = WindowAssembler(rule, store.header)
+    table = split_store(store, rule, REAL_WINDOW).table
     several = 0
     for number, trajectory in enumerate(read_imported(file)):
         stored = store.trajectory(number)
-        windows = split_trajectory(store, number, rule, REAL_WINDOW).windows
+        windows = [table.window(place) for place in table.of(number)]
         samples = [assembler.sample(window, stored, number).tokens_T.tolist() for window in windows]
         assert samples == live_samples(renderer, trajectory, REAL_WINDOW, store)
         several += len(windows) > 1
@@ -170,12 +172,11 @@ def test_later_windows_hold_prefix_marker_and_last_turn(domain_store: Path) -> N
 
 
 def small_store(tmp_path: Path, *trajectories: Trajectory) -> TokenStore:
-    renderer = Renderer(
-        FORMATS["glm-4.5"], phrase_tokenizer(["\n[...]\n"], FORMATS["glm-4.5"]), "fingerprint"
-    )
-    with TokenStoreWriter(tmp_path / "small", renderer) as writer:
-        for trajectory in trajectories:
-            writer.add(trajectory, renderer.render(trajectory))
+    chat_format = FORMATS["glm-4.5"]
+    folder = tmp_path.with_name(f"{tmp_path.name}-inputs")
+    save_tokenizer(phrase_tokenizer(["\n[...]\n"], chat_format), folder)
+    (folder / "t.jsonl").write_text("".join(write_openai_chat(each) + "\n" for each in trajectories))
+    tokenize(folder / "t.jsonl", tmp_path / "small", renderer="glm-4.5", tokenizer=folder)
     return TokenStore(tmp_path / "small")
 
 
@@ -230,7 +231,7 @@ def test_marked_prefix(tmp_path: Path) -> None:
     assert {span.turn for span in later.spans if span.kind == "prefix"} == {None, 0, 1}
     with pytest.raises(ValueError, match=r"trajectory 'n': window\.prefix=marked needs prefix_messages"):
         show_trajectory(store, "n", window)
-    with pytest.raises(ValueError, match=r"prefix_messages=2 must end the initial messages or a whole turn"):
+    with pytest.raises(ValueError, match=r"prefix_messages: 2 must end the initial messages or a whole turn"):
         small_store(tmp_path, Trajectory("m", (Message("user", "u"), *turns), prefix_messages=2))
 
 
@@ -248,7 +249,7 @@ def test_a_failed_write_leaves_the_old_store(domain_store: Path, tmp_path: Path)
     assert len(store) == 1
 
 
-@pytest.mark.parametrize("suffix", ["bin", "mask"])
+@pytest.mark.parametrize("suffix", ["bin", "marks"])
 def test_a_truncated_store_is_refused(tmp_path: Path, suffix: str) -> None:
     small_store(tmp_path, Trajectory("a", (Message("user", "u"), Message("assistant", "b"))))
     file = part(tmp_path / "small", suffix)
@@ -260,7 +261,7 @@ def test_a_truncated_store_is_refused(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("suffix", "content"),
     [
-        ("idx", b""), ("idx", b"junk"), ("json", b"[]"), ("json", b'{"version": 1}'), ("json", b"\xff"),
+        ("idx", b""), ("idx", b"junk"), ("json", b"[]"), ("json", b'{"version": 2}'), ("json", b"\xff"),
         ("trajectories.jsonl", b""), ("trajectories.jsonl", b'{"id":'),
         (
             "trajectories.jsonl",
@@ -289,14 +290,15 @@ def test_the_hash_tells_blocks_apart(tmp_path: Path) -> None:
 def test_a_failed_rename_leaves_the_old_store(tmp_path: Path) -> None:
     first = Trajectory("a", (Message("user", "u"), Message("assistant", "b")))
     small_store(tmp_path, first)
-    part(tmp_path / "small", "mask").rename(tmp_path / "mask")
-    part(tmp_path / "small", "mask").mkdir()
-    with pytest.raises(ValueError, match=r"small\.mask is a directory"):
+    part(tmp_path / "small", "marks").rename(tmp_path / "marks")
+    part(tmp_path / "small", "marks").mkdir()
+    with pytest.raises(ValueError, match=r"small\.marks is a directory"):
         small_store(tmp_path, first)
-    part(tmp_path / "small", "mask").rmdir()
-    (tmp_path / "mask").rename(part(tmp_path / "small", "mask"))
+    part(tmp_path / "small", "marks").rmdir()
+    (tmp_path / "marks").rename(part(tmp_path / "small", "marks"))
     assert len(TokenStore(tmp_path / "small")) == 1
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    # What was rendered is kept for another try.
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".small.building"]
 
 
 def test_missing_parts_and_other_versions_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klong.window import ContextWindow, NotTrained, TrajectoryFacts, TurnFacts, truncate
+from megatron_klong.window import (
+    ContextWindow,
+    NotTrained,
+    TrajectoryFacts,
+    TurnFacts,
+    truncate,
+    turn_table,
+    window_table,
+)
 
 Token = tuple[object, ...]
 
@@ -119,8 +127,19 @@ def test_offline_windows_are_the_contexts_of_a_live_run(case: tuple[ContextWindo
     rule, facts = case
     live = LiveRun(rule, facts)
     cursor = rule.open(facts.initial_tokens, facts.marked_turns)
-    for (window, tokens), turn in zip(live.contexts(), facts.turns, strict=True):
+    offline = {}
+    for split in rule.split(facts).windows:
+        for number in range(split.context.first_new_turn, split.last_turn + 1):
+            offline[number] = split.context
+    for number, ((window, tokens), turn) in enumerate(zip(live.contexts(), facts.turns, strict=True)):
         context = cursor.context
+        split_context = offline[number]
+        assert (split_context.window, split_context.first_turn, split_context.marker) == (
+            context.window, context.first_turn, context.marker,
+        )  # fmt: skip
+        assert split_context.prefix_turns == context.prefix_turns
+        if number == split_context.next_turn:
+            assert split_context == context
         assert (context.window, context.tokens) == (window, len(tokens))
         rebuilt = (
             live.initial
@@ -158,6 +177,27 @@ def test_split_keeps_its_promises(case: tuple[ContextWindow, TrajectoryFacts]) -
         overlap = range(after.context.first_turn, after.context.first_new_turn)
         taken = sum(len(live.turns[turn]) for turn in overlap)
         assert taken <= max(rule.overlap_tokens, len(live.turns[before.last_turn]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), st.data())
+def test_a_table_of_many_has_the_windows_of_each(
+    case: tuple[ContextWindow, TrajectoryFacts], data: st.DataObject
+) -> None:
+    """One trajectory's windows do not depend on those beside it; some have no turn, some too long a start."""
+    rule, facts = case
+    turn = st.builds(TurnFacts, st.integers(1, 34), st.integers(0, 50), st.booleans(), st.booleans())
+    other = st.builds(
+        TrajectoryFacts, st.integers(0, rule.max_prefix_tokens + 2),
+        st.lists(turn, max_size=20).map(tuple), st.integers(0, 5),
+    )  # fmt: skip
+    many = data.draw(st.permutations([facts, *data.draw(st.lists(other, max_size=4))]))
+    table = window_table(rule, turn_table(many))
+    for number, each in enumerate(many):
+        windows = [table.window(place) for place in table.of(number)]
+        assert windows == list(rule.split(each).windows)
+        assert [bool(window.trained_turns) for window in windows] == table.trains[table.of(number)].tolist()
+    assert len(table) == sum(len(rule.split(each).windows) for each in many)
 
 
 @settings(max_examples=200, deadline=None)

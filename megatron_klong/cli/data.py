@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_klong.cli.shared import AsJson, Renderer, counter, print_json, quiet
+from megatron_klong.cli.shared import AsJson, Renderer, byte_bar, counter, print_json, quiet
 from megatron_klong.config import WindowConfig, validate_config
 
 FORMATS = "openai, sharegpt, atif, swe-agent, mini-swe-agent, openhands-v0, openhands-v1, inspect, tau-bench"
@@ -109,17 +109,23 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     out: Annotated[Path, typer.Option(metavar="PREFIX", help="Prefix of the store's files.")],
     renderer: Renderer = "glm-4.5",
+    processes: Annotated[int | None, typer.Option(min=1, help="At one time; default all cores.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Render every message once and store tokens, loss mask and block boundaries.
+
+    Interrupted, it goes on where it was when it is run again.
 
     Example: klong data tokenize trajectories.jsonl --tokenizer GLM-4.5-Air --out store/agent
     """
     quiet()
     from megatron_klong.data.tokenize import tokenize as run
 
-    with counter("tokenizing", "trajectories") as tick:
-        header = run(file, out, renderer=renderer, tokenizer=tokenizer, on_record=tick)
+    with byte_bar("tokenizing") as advance:
+        header = run(
+            file, out, renderer=renderer, tokenizer=tokenizer, processes=processes,
+            on_progress=lambda at: advance(at.done, at.total, f"{at.trajectories} trajectories"),
+        )  # fmt: skip
     if as_json:
         print_json(header)
         return
@@ -175,6 +181,72 @@ def split(
             f"{packing.row_tokens}: {packing.rows} at {packing.efficiency:.1%} (no packing can exceed "
             f"{packing.efficiency_at_most:.1%})"
         )
+
+
+@app.command()
+def check(
+    store: Store,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="L; with it, what its windows would not train.")
+    ] = None,
+    overlap: Overlap = 0,
+    reserve_generation: Generation = 4096,
+    reserve_observation: Observation = 4096,
+    prefix: Prefix = "task",
+    reading_tool: ReadingTool = ["read_paper"],  # noqa: B006 (typer copies it)
+    max_prefix_fraction: PrefixFraction = 0.5,
+    samples: Annotated[int, typer.Option(min=0, help="Trajectories to print as text.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Look through a whole store before training: counts, duplicates, longest turns, and what is wrong.
+
+    Prints samples with what carries loss between brackets. Exit code 1 when something is wrong.
+
+    Example: klong data check store/agent --max-tokens 32768 --overlap 4096
+    """
+    quiet()
+    from megatron_klong.data.check import check_store, shown_text
+    from megatron_klong.data.store import TokenStore
+
+    window = None
+    if max_tokens is not None:
+        window = _window(max_tokens, overlap, reserve_generation, reserve_observation, prefix, reading_tool,
+                         max_prefix_fraction, "drop")  # fmt: skip
+    opened = TokenStore(store)
+    found = check_store(opened, window)
+    if as_json:
+        print_json(found)
+        raise typer.Exit(int(bool(found.problems)))
+    print(f"{found.trajectories:,} trajectories, {found.turns:,} turns, {found.tokens:,} tokens")
+    for kind, count in found.kinds.items():
+        print(f"  {kind:<10} {count.tokens:>14,} tokens {count.trained:>14,} with loss")
+    for name, quantiles in (("actions", found.action_quantiles), ("answers", found.answer_quantiles)):
+        print(f"tokens of {name}: " + ", ".join(
+            f"{q} {size:,}" for q, size in zip(("median", "90%", "99%", "longest"), quantiles)))  # fmt: skip
+    for turn in found.longest:
+        print(
+            f"  long: {turn.trajectory} turn {turn.turn}: action {turn.action_tokens:,}, answer "
+            f"{turn.answer_tokens:,}"
+        )
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in found.untrained.by_reason.items())
+    print(
+        f"never trained on: {found.untrained.share:.2%} of {found.untrained.assistant_tokens:,} assistant "
+        f"tokens ({reasons})"
+    )
+    print(
+        f"duplicates: {found.duplicate_trajectories} trajectories repeat another; {found.same_start} share "
+        "their initial messages with another"
+    )
+    for ids in found.duplicates:
+        print(f"  the same: {', '.join(ids)}")
+    if samples and not found.problems:
+        renderer = opened.renderer()
+        for number in range(0, len(opened), max(1, len(opened) // samples)):
+            print(f"--- {opened.labels[number].id}")
+            print(shown_text(opened.trajectory(number), renderer, 400))
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    raise typer.Exit(int(bool(found.problems)))
 
 
 @app.command()

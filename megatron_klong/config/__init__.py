@@ -19,6 +19,7 @@ from megatron_klong.config.rl import (
 from megatron_klong.config.sandbox import SandboxConfig
 from megatron_klong.config.server import ServerConfig, TransferBackend
 from megatron_klong.config.sft import (
+    BlendConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -30,6 +31,7 @@ from megatron_klong.config.sft import (
 from megatron_klong.config.window import PrefixRule, UntrainablePolicy, WindowConfig
 
 __all__ = [
+    "BlendConfig",
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",

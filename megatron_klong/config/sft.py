@@ -36,11 +36,24 @@ class ModelConfig(StrictModel):
     """Data type of weights and activations. Gradients and optimizer state are fp32 either way."""
 
 
+class BlendConfig(StrictModel):
+    """Another source of data."""
+
+    store: Path
+    """PREFIX of its token store, of the same tokenizer; general chat data are trajectories too."""
+
+    weight: float = Field(gt=0)
+    """Windows of it for each window of `data.store`. Those of a small store come more than once an epoch."""
+
+
 class DataConfig(StrictModel):
     """What is trained on."""
 
     store: Path
-    """PREFIX of a token store, as written by `klong data tokenize`."""
+    """PREFIX of a token store, as written by `klong data tokenize`. An epoch has each of its windows once."""
+
+    blend: tuple[BlendConfig, ...] = ()
+    """More stores, mixed in."""
 
     window: WindowConfig
     """How its trajectories are split."""
@@ -55,6 +68,11 @@ class DataConfig(StrictModel):
     def row_length(self) -> int:
         """Tokens of a packed row, resolved."""
         return self.row_tokens or self.window.max_tokens
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        """All stores."""
+        return (self.store, *(source.store for source in self.blend))
 
 
 class OptimizerConfig(StrictModel):

@@ -6,18 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class TurnLabel:
-    """What the window rule needs of a turn beside its token counts.
-
-    Attributes:
-        context_only: never trained.
-        tools: the names it calls, in order.
-    """
-
-    context_only: bool
-    tools: tuple[str, ...]
+TRAINED = 0x80
+"""The bit of a token's mark that says it carries loss; the others are its
+:class:`~megatron_klong.trajectory.render.TokenKind`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +19,6 @@ class TrajectoryLabel:
     task_id: str | None
     reward: float | None
     marked_turns: int | None
-    turns: tuple[TurnLabel, ...]
 
 
 @dataclass(frozen=True)
@@ -37,14 +27,18 @@ class TokenBlocks:
 
     Attributes:
         tokens: of all blocks, in order, 1-D.
-        mask: loss mask, uint8, the same length.
+        marks: what each is a part of, and whether it carries loss (:data:`TRAINED`), uint8.
         bounds: where blocks begin, int64, one more than blocks: initial, then action and answer
             of every turn.
     """
 
     tokens: np.ndarray
-    mask: np.ndarray
+    marks: np.ndarray
     bounds: np.ndarray
+
+    def trained(self, start: int, stop: int) -> np.ndarray:
+        """Which tokens of a stretch carry loss, bool."""
+        return self.marks[start:stop] >= TRAINED
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import (
     BlendedMegatronDatasetBuilder,
 )
@@ -17,12 +19,12 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_klong.config import DataConfig, WindowConfig
-from megatron_klong.data.header import held_out_trajectories, window_rule
+from megatron_klong.data.header import held_out_trajectories, read_headers, window_rule
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import (
     TrainingSample,
     WindowAssembler,
-    split_trajectory,
+    split_store,
 )
 
 
@@ -61,13 +63,9 @@ class SplitTrajectoryDataset(MegatronDataset):
         rule = window_rule(config.window, dataset.header)
         self._store = dataset
         self._assembler = WindowAssembler(rule, dataset.header)
-        self._windows = [
-            (int(number), window)
-            for number in indices
-            for window in split_trajectory(dataset, int(number), rule, config.window).windows
-            if window.trained_turns
-        ]
-        self.lengths = np.array([window.tokens for _, window in self._windows], dtype=np.int64)
+        self._windows = split_store(dataset, rule, config.window, np.asarray(indices))
+        self._places = np.flatnonzero(self._windows.table.trains)
+        self.lengths = self._windows.table.tokens[self._places]
         """Tokens of every window, int64."""
 
     @staticmethod
@@ -83,11 +81,13 @@ class SplitTrajectoryDataset(MegatronDataset):
         return [*MegatronDataset._key_config_attributes(), "window_key", "store_hashes"]
 
     def __len__(self) -> int:
-        return self.num_samples or len(self._windows)
+        return self.num_samples or len(self._places)
 
     def sample(self, index: int) -> TrainingSample:
         """Window ``index``, counted on over the end."""
-        number, window = self._windows[index % len(self._windows)]
+        place = int(self._places[index % len(self._places)])
+        number = int(self._windows.numbers[self._windows.table.trajectory[place]])
+        window = self._windows.table.window(place)
         return self._assembler.sample(window, self._store.trajectory(number), number)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
@@ -95,33 +95,76 @@ class SplitTrajectoryDataset(MegatronDataset):
         return dict(vars(self.sample(idx)))
 
 
-def build_datasets(
-    config: DataConfig, seed: int
-) -> tuple[SplitTrajectoryDataset, SplitTrajectoryDataset | None]:
-    """Train and validation windows of a store, no trajectory in both.
+class BlendedWindows:
+    """Windows of several stores in the order that Megatron blends them."""
+
+    def __init__(self, blended: BlendedDataset) -> None:
+        self._blended = blended
+        lengths = [dataset.lengths for dataset in blended.datasets]
+        self.lengths = np.empty(len(blended), dtype=np.int64)
+        """Tokens of every window, int64."""
+        for number, of_source in enumerate(lengths):
+            places = blended.dataset_index == number
+            self.lengths[places] = of_source[blended.dataset_sample_index[places] % len(of_source)]
+
+    def __len__(self) -> int:
+        return len(self._blended)
+
+    def sample(self, index: int) -> TrainingSample:
+        """Window ``index`` of the blend."""
+        source = self._blended.datasets[self._blended.dataset_index[index]]
+        return source.sample(int(self._blended.dataset_sample_index[index]))
+
+
+Windows = SplitTrajectoryDataset | BlendedWindows
+
+
+def build_datasets(config: DataConfig, seed: int) -> tuple[Windows, Windows | None]:
+    """Train and validation windows, no trajectory in both.
 
     Raises:
-        ValueError: the store cannot be read or has too few trajectories for the split, or nothing
+        ValueError: a store cannot be read or has too few trajectories for the split, or nothing
             in it can be trained.
     """
-    store = TokenStore(config.store)
-    held_out = held_out_trajectories(config, len(store))
+    read_headers(config)
+    stores = [TokenStore(store) for store in config.stores]
+    weights = None
+    sizes: Sequence[int | None] = (None, None, None)
+    if config.blend:
+        # An epoch has each window of the first store, whose weight is 1, once.
+        weights = [1.0, *(source.weight for source in config.blend)]
+        sizes = [round(size * sum(weights)) for size in _windows_of_first(config, stores[0])]
+    held_out = held_out_trajectories(config.store, config.validation_fraction, len(stores[0]))
     megatron_config = SplitTrajectoryDatasetConfig(
         random_seed=seed,
         sequence_length=config.row_length,
-        blend=([str(config.store)], None),
-        split=f"{len(store) - held_out},{held_out},0",
+        blend=([str(store) for store in config.stores], weights),
+        split=f"{len(stores[0]) - held_out},{held_out},0",
         window=config.window,
         window_key=config.window.model_dump_json(),
-        store_hashes=(store.header.content_sha256,),
+        store_hashes=tuple(store.header.content_sha256 for store in stores),
     )
     train, validation, _ = BlendedMegatronDatasetBuilder(
-        SplitTrajectoryDataset, [None, None, None], lambda: True, megatron_config
+        SplitTrajectoryDataset, sizes, lambda: True, megatron_config
     ).build()
-    for name, dataset in (("train", train), ("validation", validation)):
-        if dataset is not None and not len(dataset):
+    return _usable(train, "train", config), validation and _usable(validation, "validation", config)
+
+
+def _usable(dataset: SplitTrajectoryDataset | BlendedDataset, name: str, config: DataConfig) -> Windows:
+    sources = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+    for store, source in zip(config.stores, sources):
+        if not len(source.lengths):
             raise ValueError(
-                f"data.store={config.store}: no {name} trajectory has a trainable token under "
-                "data.window; `klong data split` tells why"
+                f"store {store}: no {name} trajectory has a trainable token under data.window; "
+                "`klong data split` tells why"
             )
-    return train, validation
+    return BlendedWindows(dataset) if isinstance(dataset, BlendedDataset) else dataset
+
+
+def _windows_of_first(config: DataConfig, store: TokenStore) -> tuple[int, int, int]:
+    """How many windows of the first store are trained on, held out, and left for tests: none."""
+    held_out = held_out_trajectories(config.store, config.validation_fraction, len(store))
+    split = split_store(store, window_rule(config.window, store.header), config.window)
+    owners = split.table.trajectory[split.table.trains]
+    training = int((owners < len(store) - held_out).sum())
+    return training, len(owners) - training, 0

@@ -10,10 +10,10 @@ from typing import Any
 from megatron_klong.config import DataConfig, WindowConfig
 from megatron_klong.window import ContextWindow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER_TEXT = "[Earlier turns are omitted.]"
 NOTE_TEXT = "\n[...]\n"
-PARTS = ("bin", "idx", "mask", "trajectories.jsonl", "json")
+PARTS = ("bin", "idx", "marks", "turns", "trajectories.jsonl", "tokenizer.json", "json")
 """Suffixes of a store's files; the header comes last."""
 
 
@@ -28,11 +28,12 @@ class StoreHeader:
         opening_ids: what opens every assistant message.
         marker_ids: the message that stands where turns are omitted.
         note_ids: what stands where a block was cut.
+        tool_sets: names of the tools that a turn calls, in order; turns name theirs by its number.
         trajectories: how many.
         tokens: in all blocks.
-        trained_tokens: of them, those with loss mask 1.
-        content_sha256: of blocks, mask, trajectory list and the three id tuples; two stores with
-            the same hash are the same data.
+        trained_tokens: of them, those that carry loss.
+        content_sha256: of blocks, marks, turns, trajectory list and what is above; two stores with the same
+            hash are the same data.
     """
 
     version: int
@@ -42,6 +43,7 @@ class StoreHeader:
     opening_ids: tuple[int, ...]
     marker_ids: tuple[int, ...]
     note_ids: tuple[int, ...]
+    tool_sets: tuple[tuple[str, ...], ...]
     trajectories: int
     tokens: int
     trained_tokens: int
@@ -75,8 +77,8 @@ def read_header(prefix: Path) -> StoreHeader:
         )
     if {field.name for field in fields(StoreHeader)} != raw.keys():
         raise ValueError(f"store {prefix}: {file.name} is damaged; tokenize again")
-    ids = {name: tuple(raw[name]) for name in ("opening_ids", "marker_ids", "note_ids")}
-    return StoreHeader(**{**raw, **ids})
+    tuples = {name: tuple(raw[name]) for name in ("opening_ids", "marker_ids", "note_ids")}
+    return StoreHeader(**{**raw, **tuples, "tool_sets": tuple(map(tuple, raw["tool_sets"]))})
 
 
 def window_rule(config: WindowConfig, header: StoreHeader) -> ContextWindow:
@@ -89,17 +91,35 @@ def window_rule(config: WindowConfig, header: StoreHeader) -> ContextWindow:
     )
 
 
-def held_out_trajectories(config: DataConfig, trajectories: int) -> int:
+def held_out_trajectories(store: Path, fraction: float, trajectories: int) -> int:
     """How many of a store's trajectories are held out, the last ones.
 
     Raises:
         ValueError: the fraction leaves none to train, or none to hold out although some are wanted.
     """
-    held_out = round(trajectories * config.validation_fraction)
-    if (config.validation_fraction and not held_out) or held_out == trajectories:
+    held_out = round(trajectories * fraction)
+    if (fraction and not held_out) or held_out == trajectories:
         raise ValueError(
-            f"data.validation_fraction={config.validation_fraction} of the {trajectories} trajectories "
-            f"of {config.store} leaves {trajectories - held_out} to train and {held_out} to validate; "
-            "change it, or set it to 0"
+            f"data.validation_fraction={fraction} of the {trajectories} trajectories of {store} leaves "
+            f"{trajectories - held_out} to train and {held_out} to validate; change it, or set it to 0"
         )
     return held_out
+
+
+def read_headers(config: DataConfig) -> tuple[StoreHeader, ...]:
+    """The headers of all stores of a config, checked against one another and the window.
+
+    Raises:
+        ValueError: one cannot be read, has another tokenizer than the first, or too few trajectories.
+    """
+    headers = tuple(read_header(store) for store in config.stores)
+    first = headers[0]
+    for store, header in zip(config.stores, headers):
+        window_rule(config.window, header)
+        held_out_trajectories(store, config.validation_fraction, header.trajectories)
+        if (header.renderer, header.tokenizer_sha256) != (first.renderer, first.tokenizer_sha256):
+            raise ValueError(
+                f"data.blend: store {store} was made with another tokenizer or chat format than "
+                f"{config.store}; tokenize both with the tokenizer of the model"
+            )
+    return headers

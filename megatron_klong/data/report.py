@@ -12,8 +12,10 @@ from megatron_klong.data.blocks import StoredTrajectory
 from megatron_klong.data.header import window_rule
 from megatron_klong.data.packing import minimum_rows, pack_rows
 from megatron_klong.data.store import TokenStore
-from megatron_klong.data.windows import SpanKind, WindowAssembler, split_trajectory
-from megatron_klong.window import NotTrained, Split, Window
+from megatron_klong.data.windows import StoreWindows, WindowAssembler, split_store
+from megatron_klong.window import REASONS, NotTrained, Window
+
+_SHOWN_IDS = 10
 
 
 @dataclass(frozen=True)
@@ -78,45 +80,34 @@ def split_report(store: TokenStore, config: WindowConfig, row_tokens: int) -> Sp
     rule = window_rule(config, store.header)
     assembler = WindowAssembler(rule, store.header)
     opening = len(store.header.opening_ids)
+    split = split_store(store, rule, config)
+    table = split.table
     counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter({reason.value: 0 for reason in NotTrained})
-    ids: dict[str, list[str]] = {reason.value: [] for reason in NotTrained}
-    lengths: list[int] = []
-    longest = longest_trajectory = most_windows = 0
     for number, trajectory in enumerate(store):
-        split = split_trajectory(store, number, rule, config)
-        times = _times_trained(trajectory, split, assembler)
+        windows = [table.window(place) for place in table.of(number)]
+        times = _times_trained(trajectory, windows, assembler)
         assistant = assistant_tokens(trajectory, opening)
         counts["assistant"] += int(assistant.sum())
         counts["once"] += int((times[assistant] == 1).sum())
         counts["more"] += int((times > 1).sum()) + int((times[~assistant] > 0).sum())
-        for turn, reason in split.not_trained:
-            start, stop = trajectory.bounds[2 * turn + 1 : 2 * turn + 3]
-            reasons[reason.value] += int(stop - start) - opening
-            if trajectory.label.id not in ids[reason.value][-1:]:
-                ids[reason.value].append(trajectory.label.id)
-        counts["windows"] += len(split.windows)
-        counts["omitted"] += sum(_omitted(trajectory, window, assembler) for window in split.windows)
-        most_windows = max(most_windows, len(split.windows))
-        longest_trajectory = max(longest_trajectory, len(trajectory.tokens))
-        longest = max([longest, *(window.tokens for window in split.windows)])
-        lengths += [window.tokens for window in split.windows if window.trained_turns]
+        counts["omitted"] += sum(_omitted(trajectory, window, assembler) for window in windows)
+    reasons, ids = _not_trained(store, split)
     accounted = counts["once"] + counts["more"] + sum(reasons.values())
     assert accounted >= counts["assistant"], "an assistant token is neither trained nor named"
     return SplitReport(
         window=config,
         trajectories=len(store),
-        windows=counts["windows"],
-        windows_per_trajectory_max=most_windows,
+        windows=len(table),
+        windows_per_trajectory_max=int(table.number.max(initial=-1)) + 1,
         assistant_tokens=counts["assistant"],
         trained_once=counts["once"],
         trained_more_than_once=counts["more"],
-        not_trained=dict(reasons),
-        untrained_ids={reason: names[:10] for reason, names in ids.items() if names},
-        omitted_tokens_per_window=counts["omitted"] / max(counts["windows"], 1),
-        longest_trajectory_tokens=longest_trajectory,
-        longest_window_tokens=longest,
-        packing=_packing(np.array(lengths, dtype=np.int64), row_tokens),
+        not_trained=reasons,
+        untrained_ids={reason: names for reason, names in ids.items() if names},
+        omitted_tokens_per_window=counts["omitted"] / max(len(table), 1),
+        longest_trajectory_tokens=max(int(store.lengths(number).sum()) for number in range(len(store))),
+        longest_window_tokens=int(table.tokens.max(initial=0)),
+        packing=_packing(table.tokens[table.trains], row_tokens),
     )
 
 
@@ -129,20 +120,34 @@ def assistant_tokens(trajectory: StoredTrajectory, opening: int) -> np.ndarray:
     return produced
 
 
-def _times_trained(trajectory: StoredTrajectory, split: Split, assembler: WindowAssembler) -> np.ndarray:
+def _not_trained(store: TokenStore, split: StoreWindows) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Assistant tokens by the reason why they carry no loss, and the trajectories concerned."""
+    tokens = {reason.value: 0 for reason in NotTrained}
+    ids: dict[str, list[str]] = {reason.value: [] for reason in NotTrained}
+    owner = np.repeat(np.arange(len(store)), np.diff(split.turns.first_turn))
+    for reason in NotTrained:
+        concerned = split.table.reasons == REASONS.index(reason)
+        tokens[reason.value] = int(split.turns.action_tokens[concerned].sum())
+        for number in np.unique(owner[concerned])[:_SHOWN_IDS].tolist():
+            ids[reason.value].append(store.labels[number].id)
+    return tokens, ids
+
+
+def _times_trained(
+    trajectory: StoredTrajectory, windows: list[Window], assembler: WindowAssembler
+) -> np.ndarray:
     """In how many windows' loss masks every token of a trajectory stands."""
     times = np.zeros(len(trajectory.tokens), dtype=np.int64)
-    for window in split.windows:
-        for span in assembler.spans(window, trajectory.bounds):
-            if span.trained:
-                times[span.start : span.stop] += trajectory.mask[span.start : span.stop]
+    for window in windows:
+        for stretch in assembler.stretches(window, trajectory.bounds):
+            if stretch.trained:
+                times[stretch.start : stretch.stop] += trajectory.trained(stretch.start, stretch.stop)
     return times
 
 
 def _omitted(trajectory: StoredTrajectory, window: Window, assembler: WindowAssembler) -> int:
     """Tokens of the trajectory before the window's end that the window does not show."""
-    spans = assembler.spans(window, trajectory.bounds)
-    shown = sum(span.stop - span.start for span in spans if span.kind is not SpanKind.MARKER)
+    shown = sum(stretch.stop - stretch.start for stretch in assembler.stretches(window, trajectory.bounds))
     return int(trajectory.bounds[2 * window.last_turn + 2]) - shown
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_klong.config import WindowConfig
 from megatron_klong.data.header import window_rule
 from megatron_klong.data.report import assistant_tokens
 from megatron_klong.data.store import TokenStore
-from megatron_klong.data.windows import SpanKind, WindowAssembler, split_trajectory
+from megatron_klong.data.windows import SpanKind, WindowAssembler, split_store
+from megatron_klong.window import REASONS
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig)
     trajectory = store.trajectory(number)
     rule = window_rule(config, store.header)
     assembler = WindowAssembler(rule, store.header)
-    split = split_trajectory(store, number, rule, config)
+    split = split_store(store, rule, config, np.array([number]))
     windows: list[WindowView] = []
-    for window in split.windows:
+    for window in map(split.table.window, range(len(split.table))):
         sample = assembler.sample(window, trajectory, number)
         spans: list[SpanView] = []
         offset = 0
@@ -91,8 +94,10 @@ def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig)
     return TrajectoryView(
         id=trajectory_id,
         tokens=len(trajectory.tokens),
-        turns=len(trajectory.label.turns),
+        turns=len(split.table.reasons),
         assistant_tokens=int(assistant_tokens(trajectory, len(store.header.opening_ids)).sum()),
         windows=tuple(windows),
-        not_trained={turn: reason.value for turn, reason in split.not_trained},
+        not_trained={
+            turn: str(REASONS[code]) for turn, code in enumerate(split.table.reasons.tolist()) if code
+        },
     )

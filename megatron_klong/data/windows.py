@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from megatron_klong.config import WindowConfig
-from megatron_klong.data.blocks import TokenBlocks, TrajectoryLabel
+from megatron_klong.data.blocks import TRAINED, TokenBlocks
 from megatron_klong.window import (
     Context,
     ContextWindow,
-    Split,
-    TrajectoryFacts,
-    TurnFacts,
+    TurnTable,
     Window,
+    WindowTable,
     truncate,
+    window_table,
 )
 
 if TYPE_CHECKING:
@@ -88,37 +88,101 @@ class Span:
     trained: bool = False
 
 
-def trajectory_facts(
-    lengths: np.ndarray, label: TrajectoryLabel, config: WindowConfig, opening: int
-) -> TrajectoryFacts:
-    """What the window rule may know of a stored trajectory.
+def store_turns(store: TokenStore, config: WindowConfig, numbers: np.ndarray | None = None) -> TurnTable:
+    """The facts of all turns of a store, or of some of its trajectories.
 
     Raises:
         ValueError: the prefix rule is ``marked`` and the data gives no mark.
     """
-    if config.prefix == "marked" and label.marked_turns is None:
-        raise ValueError(f"trajectory {label.id!r}: window.prefix=marked needs prefix_messages in the data")
-    sizes = lengths.tolist()
-    facts = tuple(
-        TurnFacts(
-            action_tokens=action - opening,
-            answer_tokens=answer,
-            reading=bool(turn.tools) and set(turn.tools) <= set(config.reading_tools),
-            context_only=turn.context_only,
-        )
-        for action, answer, turn in zip(sizes[1::2], sizes[2::2], label.turns, strict=True)
+    chosen = np.arange(len(store)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+    first_block = store.first_blocks[chosen]
+    counts = (store.first_blocks[chosen + 1] - first_block - 1) // 2
+    first_turn = np.concatenate([[0], np.cumsum(counts)])
+    # The block of each turn's action, and its place among all turns of the store.
+    within = np.arange(first_turn[-1]) - np.repeat(first_turn[:-1], counts)
+    action = np.repeat(first_block + 1, counts) + 2 * within
+    marks = store.turn_marks[np.repeat((first_block - chosen) // 2, counts) + within]
+    reading = set(config.reading_tools)
+    reads = np.array([bool(tools) and set(tools) <= reading for tools in store.header.tool_sets], dtype=bool)
+    lengths = store.block_lengths
+    return TurnTable(
+        first_turn=first_turn,
+        initial_tokens=lengths[first_block].astype(np.int64),
+        marked_turns=_marked_turns(store, chosen, config),
+        action_tokens=lengths[action].astype(np.int64) - len(store.header.opening_ids),
+        answer_tokens=lengths[action + 1].astype(np.int64),
+        reading=reads[marks // 2],
+        context_only=marks % 2 == 1,
     )
-    return TrajectoryFacts(sizes[0], facts, label.marked_turns or 0)
 
 
-def split_trajectory(store: TokenStore, number: int, rule: ContextWindow, config: WindowConfig) -> Split:
-    """The windows of one stored trajectory."""
-    label = store.labels[number]
-    facts = trajectory_facts(store.lengths(number), label, config, len(store.header.opening_ids))
-    try:
-        return rule.split(facts)
-    except ValueError as error:
-        raise ValueError(f"trajectory {label.id!r}: {error}") from error
+def _marked_turns(store: TokenStore, chosen: np.ndarray, config: WindowConfig) -> np.ndarray:
+    if config.prefix != "marked":
+        return np.zeros(len(chosen), dtype=np.int64)
+    marked = [store.labels[number].marked_turns for number in chosen.tolist()]
+    for number, mark in zip(chosen.tolist(), marked):
+        if mark is None:
+            raise ValueError(
+                f"trajectory {store.labels[number].id!r}: window.prefix=marked needs prefix_messages in the "
+                "data"
+            )
+    return np.array(marked, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class StoreWindows:
+    """The windows of a store, or of some of its trajectories.
+
+    Attributes:
+        table: its ``trajectory`` is a place in ``numbers``.
+        turns: what it was made of.
+        numbers: of the trajectories in the store.
+    """
+
+    table: WindowTable
+    turns: TurnTable
+    numbers: np.ndarray
+
+
+def split_store(
+    store: TokenStore, rule: ContextWindow, config: WindowConfig, numbers: np.ndarray | None = None
+) -> StoreWindows:
+    """Cut trajectories of a store into windows.
+
+    Raises:
+        ValueError: with ``untrainable="error"``, names a trajectory and what cannot be trained of it.
+    """
+    chosen = np.arange(len(store)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+    turns = store_turns(store, config, chosen)
+    table = window_table(rule, turns)
+    if rule.untrainable == "error":
+        for place, number in enumerate(chosen.tolist()):
+            try:
+                rule.require_trainable(turns, table, place)
+            except ValueError as error:
+                raise ValueError(f"trajectory {store.labels[number].id!r}: {error}") from error
+    return StoreWindows(table, turns, chosen)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens that a window takes as they stand: of the trajectory, or inserted ones.
+
+    Attributes:
+        start, stop: token range in the trajectory.
+        inserted: ids in its place.
+        trained: whether marks of the trajectory apply here.
+    """
+
+    start: int
+    stop: int
+    inserted: np.ndarray | None = None
+    trained: bool = False
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return self.stop - self.start if self.inserted is None else len(self.inserted)
 
 
 class WindowAssembler:
@@ -147,25 +211,70 @@ class WindowAssembler:
         spans += self._block(2 * last + 1, last, bounds, _kind(last, context), last in trained)
         return spans
 
+    def stretches(self, window: Window, bounds: np.ndarray) -> list[Stretch]:
+        """The same as few stretches as possible: what stands together in the trajectory stays together."""
+        context = window.context
+        found = self._run(0, 2 * context.prefix_turns, bounds, trained=False)
+        if context.marker:
+            found.append(Stretch(0, 0, self._inserted[SpanKind.MARKER]))
+        first = 2 * context.first_turn + 1 if context.marker else 1
+        new, last = 2 * context.first_new_turn + 1, 2 * window.last_turn + 1
+        if first < new:
+            found += self._run(first, new - 1, bounds, trained=False)
+        return found + self._run(max(first, new), last, bounds, trained=True)
+
+    def _run(self, first: int, last: int, bounds: np.ndarray, trained: bool) -> list[Stretch]:
+        """Blocks ``first`` to ``last``, cut where one of them is over its cap."""
+        found: list[Stretch] = []
+        start = int(bounds[first])
+        lengths = np.diff(bounds[first : last + 2])
+        caps = np.where(
+            np.arange(first, last + 1) % 2, self._opening + self._rule.reserve_generation,
+            self._rule.reserve_observation,
+        )  # fmt: skip
+        if first == 0:
+            caps[0] = lengths[0]  # initial messages are never cut
+        for place in np.flatnonzero(lengths > caps).tolist():
+            block = first + place
+            free = self._opening if block % 2 else 0
+            kept = truncate(int(lengths[place]) - free, int(caps[place]) - free, self._rule.note_tokens)
+            head = int(bounds[block]) + free + kept.head
+            # An action over its cap is never trained; an answer carries no loss anyway.
+            found += [
+                Stretch(start, int(bounds[block]), trained=trained),
+                Stretch(int(bounds[block]), head),
+                Stretch(0, 0, self._inserted[SpanKind.NOTE]),
+                Stretch(int(bounds[block + 1]) - kept.tail, int(bounds[block + 1])),
+            ]
+            start = int(bounds[block + 1])
+        return [*found, Stretch(start, int(bounds[last + 1]), trained=trained)]
+
+    def write(
+        self, window: Window, trajectory: TokenBlocks, tokens: np.ndarray, loss_mask: np.ndarray
+    ) -> None:
+        """Write tokens and loss mask of a window into arrays of its length."""
+        place = 0
+        for stretch in self.stretches(window, trajectory.bounds):
+            stop = place + stretch.length
+            if stretch.inserted is not None:
+                tokens[place:stop] = stretch.inserted
+            else:
+                tokens[place:stop] = trajectory.tokens[stretch.start : stretch.stop]
+            if stretch.trained:
+                np.greater_equal(
+                    trajectory.marks[stretch.start : stretch.stop], TRAINED, out=loss_mask[place:stop],
+                    casting="unsafe",
+                )  # fmt: skip
+            else:
+                loss_mask[place:stop] = 0
+            place = stop
+        assert place == window.tokens <= self._rule.max_tokens
+
     def sample(self, window: Window, trajectory: TokenBlocks, number: int) -> TrainingSample:
         """Tokens and loss mask of a window."""
-        spans = self.spans(window, trajectory.bounds)
-        tokens = np.concatenate([self.span_tokens(span, trajectory) for span in spans])
-        masks = [
-            trajectory.mask[span.start : span.stop].astype(bool)
-            if span.trained
-            else np.zeros(self.span_length(span), dtype=bool)
-            for span in spans
-        ]
-        assert len(tokens) == window.tokens <= self._rule.max_tokens
-        return TrainingSample(tokens, np.concatenate(masks), number, window.context.window)
-
-    def span_tokens(self, span: Span, trajectory: TokenBlocks) -> np.ndarray:
-        """The token ids of a stretch, int64."""
-        inserted = self._inserted.get(span.kind)
-        if inserted is not None:
-            return inserted
-        return trajectory.tokens[span.start : span.stop].astype(np.int64)
+        tokens, mask = np.empty(window.tokens, dtype=np.int64), np.empty(window.tokens, dtype=bool)
+        self.write(window, trajectory, tokens, mask)
+        return TrainingSample(tokens, mask, number, window.context.window)
 
     def span_length(self, span: Span) -> int:
         """Its length in tokens."""

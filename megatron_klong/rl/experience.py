@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klong.agent.episode import prompt_hash
-from megatron_klong.data.blocks import TokenBlocks
+from megatron_klong.data.blocks import TRAINED, TokenBlocks
 from megatron_klong.data.windows import InsertedIds, TrainingSample, WindowAssembler
 from megatron_klong.rollout.journal import PlayedTokens
 from megatron_klong.window import ContextWindow, TrajectoryFacts, TurnFacts, Window
@@ -61,7 +61,7 @@ class ExperienceMaker:
         )
         split = self._rule.split(TrajectoryFacts(sizes[0], facts))
         assert not split.not_trained, "a live action is never longer than its limit"
-        blocks = TokenBlocks(played.tokens, self._mask(played), played.bounds)
+        blocks = TokenBlocks(played.tokens, self._marks(played), played.bounds)
         ends = np.cumsum([0, *(turn.action_tokens for turn in facts)])
         segments = []
         for window in split.windows:
@@ -72,11 +72,11 @@ class ExperienceMaker:
             assert len(segments[-1].log_probs) == sample.loss_mask_T.sum()
         return segments
 
-    def _mask(self, played: PlayedTokens) -> np.ndarray:
-        mask = np.zeros(len(played.tokens), dtype=np.uint8)
+    def _marks(self, played: PlayedTokens) -> np.ndarray:
+        marks = np.zeros(len(played.tokens), dtype=np.uint8)
         for block in range(1, len(played.bounds) - 1, 2):
-            mask[played.bounds[block] + self._opening : played.bounds[block + 1]] = 1
-        return mask
+            marks[played.bounds[block] + self._opening : played.bounds[block + 1]] = TRAINED
+        return marks
 
     def _compare(self, window: Window, sample: TrainingSample, played: PlayedTokens) -> None:
         """Every prompt of the window's actions is the beginning of the window, and the action follows."""

@@ -152,7 +152,7 @@ def replace_text(file: Path, text: str) -> None:
 
 def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
     """What makes two starts the same supervised run."""
-    contents = {"data.content": inputs.data.content_sha256}
+    contents = {"data.content": " ".join(header.content_sha256 for header in inputs.data)}
     if config.model.weights is not None:
         contents["model.weights.content"] = weights_fingerprint(config.model.weights)
     return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents

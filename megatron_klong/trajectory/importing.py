@@ -7,18 +7,18 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from pydantic import ValidationError
 
-from megatron_klong.trajectory.interchange import reader_of
+from megatron_klong.trajectory.interchange import READERS, reader_of
 from megatron_klong.trajectory.interchange.base import Reader
 from megatron_klong.trajectory.interchange.conversation import Draft, check_draft
 from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
 from megatron_klong.trajectory.interchange.refusal import FieldError, Refusal
-from megatron_klong.trajectory.interchange.sources import SourceRecord
+from megatron_klong.trajectory.interchange.sources import SourceRecord, json_line
 from megatron_klong.trajectory.schema import Trajectory
 
 _SHOWN = 20
@@ -169,6 +169,31 @@ def read_imported(file: Path) -> Iterator[Trajectory]:
         if isinstance(item, Refusal):
             raise ValueError(f"{item}; run `klong data import` on this file first")
         yield item
+
+
+def read_imported_lines(file: Path, start: int, stop: int) -> Iterator[Trajectory]:
+    """The records of an imported file whose lines begin in a stretch of it, in bytes.
+
+    Raises:
+        ValueError: a record is not valid: the file is not what ``klong data import`` wrote.
+    """
+    with file.open("rb") as stream:
+        stream.seek(max(0, start - 1))
+        if start:
+            stream.readline()  # the rest of a line that begins before, or its line feed
+        while (at := stream.tell()) < stop and (line := stream.readline()):
+            if not line.strip():
+                continue
+            item = _read(json_line(line, None), READERS["openai"], file, _name(file), set())
+            if isinstance(item, Refusal):
+                found = replace(item, line=_line_number(file, at))
+                raise ValueError(f"{found}; run `klong data import` on this file first")
+            yield item
+
+
+def _line_number(file: Path, at: int) -> int:
+    with file.open("rb") as stream:
+        return 1 + sum(1 for line in iter(stream.readline, b"") if stream.tell() <= at)
 
 
 def _records(files: list[Path], format: str) -> Iterator[tuple[str, Trajectory | Refusal]]:

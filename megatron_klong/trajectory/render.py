@@ -281,8 +281,8 @@ class Renderer:
         return self.format.parse(text, tools)
 
 
-def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:
-    """The renderer of a family with the ``tokenizer.json`` of a folder.
+def load_renderer(name: str, tokenizer: Path) -> Renderer:
+    """The renderer of a family with a ``tokenizer.json``, or that of a folder.
 
     Raises:
         ValueError: no such renderer, no such file, or a tokenizer of another family.
@@ -290,11 +290,11 @@ def load_renderer(name: str, tokenizer_dir: Path) -> Renderer:
     from megatron_klong.trajectory.formats import chat_format
 
     family = chat_format(name)
-    file = tokenizer_dir / "tokenizer.json"
+    file = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"tokenizer: no tokenizer.json in {tokenizer_dir}")
+        raise ValueError(f"tokenizer: no tokenizer.json in {tokenizer}")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        loaded = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any malformed file
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from error
-    return Renderer(family, tokenizer, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Renderer(family, loaded, hashlib.sha256(file.read_bytes()).hexdigest())

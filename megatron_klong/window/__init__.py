@@ -9,9 +9,21 @@ from megatron_klong.window.facts import (
     TurnFacts,
     Window,
 )
+from megatron_klong.window.table import (
+    REASONS,
+    TurnTable,
+    WindowTable,
+    turn_table,
+    window_table,
+)
 from megatron_klong.window.truncation import Kept, truncate, truncate_ids
 
 __all__ = [
+    "REASONS",
+    "TurnTable",
+    "WindowTable",
+    "turn_table",
+    "window_table",
     "Context",
     "ContextWindow",
     "Kept",

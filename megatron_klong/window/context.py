@@ -1,23 +1,18 @@
 """The context window: THE rule of what a model sees at a turn (design, section 3).
 
-Only the past decides. A finished trajectory is split by replaying it through the same cursor that
-builds the contexts of a live rollout, so offline windows and online contexts agree by
-construction.
+Only the past decides. The cursor follows a live rollout; finished trajectories are split all at once by
+:mod:`megatron_klong.window.table`, and give the same sequences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_klong.config import PrefixRule, UntrainablePolicy, WindowConfig
-from megatron_klong.window.facts import (
-    Context,
-    NotTrained,
-    Split,
-    TrajectoryFacts,
-    TurnFacts,
-    Window,
-)
+from megatron_klong.window.facts import Context, NotTrained, Split, TrajectoryFacts, TurnFacts
+from megatron_klong.window.table import REASONS, TurnTable, WindowTable, turn_table, window_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,48 +114,35 @@ class ContextWindow:
         return WindowCursor(self, initial_tokens, marked_turns)
 
     def split(self, facts: TrajectoryFacts) -> Split:
-        """Replay a finished trajectory and cut it into windows.
+        """Cut a finished trajectory into windows.
 
         Raises:
             ValueError: with ``untrainable="error"``, for anything that cannot be trained by size.
         """
-        reasons = self._not_trained(facts)
-        if facts.initial_tokens > self.max_prefix_tokens:
-            return Split(windows=(), not_trained=tuple(reasons.items()))
-        cursor = self.open(facts.initial_tokens, facts.marked_turns)
-        windows: list[Window] = []
-        for number, turn in enumerate(facts.turns):
-            context = cursor.context
-            if windows and windows[-1].context.window == context.window:
-                trained = windows.pop().trained_turns
-            else:
-                trained = ()
-            if number not in reasons:
-                trained += (number,)
-            windows.append(Window(context, context.tokens + self.action_in_context(turn), trained))
-            cursor.advance(turn)
-        return Split(windows=tuple(windows), not_trained=tuple(reasons.items()))
+        turns = turn_table([facts])
+        table = window_table(self, turns)
+        self.require_trainable(turns, table, 0)
+        reasons = enumerate(table.reasons.tolist())
+        return Split(
+            windows=tuple(table.window(place) for place in range(len(table))),
+            not_trained=tuple((number, reason) for number, code in reasons if (reason := REASONS[code])),
+        )
 
-    def _not_trained(self, facts: TrajectoryFacts) -> dict[int, NotTrained]:
-        """The turns that no window trains; raises under the policy ``error``."""
-        over_cap = facts.initial_tokens > self.max_prefix_tokens
-        if over_cap and self.untrainable == "error":
-            self.open(facts.initial_tokens)
-        reasons: dict[int, NotTrained] = {}
-        for number, turn in enumerate(facts.turns):
-            if turn.context_only:
-                reasons[number] = NotTrained.CONTEXT_ONLY
-            elif over_cap:
-                reasons[number] = NotTrained.PREFIX_OVER_CAP
-            elif turn.action_tokens > self.reserve_generation:
-                reasons[number] = NotTrained.ACTION_OVER_LIMIT
-                if self.untrainable == "error":
-                    raise ValueError(
-                        f"window: the action of turn {number} has {turn.action_tokens} tokens, over "
-                        f"reserve_generation={self.reserve_generation}; raise it, or set "
-                        "untrainable=drop"
-                    )
-        return reasons
+    def require_trainable(self, turns: TurnTable, table: WindowTable, trajectory: int) -> None:
+        """Under the policy ``error``, refuse (ValueError) a trajectory with anything over its limit."""
+        if self.untrainable != "error":
+            return
+        initial = int(turns.initial_tokens[trajectory])
+        if initial > self.max_prefix_tokens:
+            self.open(initial)
+        first, last = turns.first_turn[trajectory : trajectory + 2]
+        over = REASONS.index(NotTrained.ACTION_OVER_LIMIT)
+        found = np.flatnonzero(table.reasons[first:last] == over)
+        if len(found):
+            raise ValueError(
+                f"window: the action of turn {found[0]} has {turns.action_tokens[first + found[0]]} tokens, "
+                f"over reserve_generation={self.reserve_generation}; raise it, or set untrainable=drop"
+            )
 
 
 class WindowCursor:

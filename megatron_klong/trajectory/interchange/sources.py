@@ -55,7 +55,7 @@ def read_records(file: Path) -> Iterator[SourceRecord]:
             case "array":
                 yield from json_items(stream, "item", "")
             case _:
-                yield _parsed(stream.read(), None)
+                yield json_line(stream.read(), None)
 
 
 def shape_of(file: Path, stream: BinaryIO) -> str:
@@ -79,7 +79,7 @@ def json_lines(stream: BinaryIO) -> Iterator[SourceRecord]:
     """One record for each line; blank ones are passed over."""
     for number, line in enumerate(stream, 1):
         if line.strip():
-            yield _parsed(line, number)
+            yield json_line(line, number)
 
 
 def json_items(stream: BinaryIO, path: str, name: str) -> Iterator[SourceRecord]:
@@ -98,7 +98,8 @@ def json_items(stream: BinaryIO, path: str, name: str) -> Iterator[SourceRecord]
         yield SourceRecord(None, f"{name}{number}", None, problem, b"")
 
 
-def _parsed(content: bytes, line: int | None) -> SourceRecord:
+def json_line(content: bytes, line: int | None) -> SourceRecord:
+    """The record that is all of ``content``."""
     try:
         return SourceRecord(line, None, parse_json(content), text=content)
     except FieldError as error:
