@@ -71,6 +71,17 @@ def test_generate_import_tokenize_split_show(tmp_path: Path) -> None:
     assert f"trained once {recounted:,}, more than once 0" in told
     shown = klong("data", "show", tmp_path / "store", names[0], "--max-tokens", "256", *WINDOW).stdout
     assert shown.count("window ") == len(views[0]["windows"])
+    assert "[gMASK]<sop>" in shown and "</tool_call><|observation|>" in shown
+    looked = as_json("data", "check", tmp_path / "store", "--max-tokens", "256", *WINDOW)
+    assert looked["problems"] == [] and looked["untrained"]["share"] == 0
+    told = klong("data", "check", tmp_path / "store", "--samples", "1").stdout
+    assert "0.00% of" in told and "⟦" in told
+    back = as_json("data", "export", tmp_path / "all.jsonl", "--to", "atif", "--out", tmp_path / "atif")
+    assert back["files"] == 2
+    again = as_json("data", "import", *sorted((tmp_path / "atif").iterdir()), "--out", tmp_path / "2.jsonl")
+    assert again["formats"] == {"atif": 2}
+    lines = [(tmp_path / name).read_text().splitlines() for name in ("all.jsonl", "2.jsonl")]
+    assert sorted(lines[0]) == sorted(lines[1])
 
 
 def test_a_trained_tokenizer_serves(domain: Path, tmp_path: Path) -> None:
@@ -150,7 +161,7 @@ def test_wrong_usage_exits_2() -> None:
     "command",
     [
         ["data", "import"], ["data", "train-tokenizer"], ["data", "tokenize"], ["data", "split"],
-        ["data", "show"], ["factory", "generate"], ["sft"],
+        ["data", "show"], ["data", "check"], ["data", "export"], ["factory", "generate"], ["sft"],
     ],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:

@@ -437,6 +437,13 @@ def test_bad_records_are_refused_by_field(
     assert json.loads(refusal.raw)  # all of it is in the quarantine
 
 
+def test_a_message_of_ten_megabytes_is_a_message(tmp_path: Path) -> None:
+    long = "x" * 10_000_000
+    record = {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": "y"}]}
+    assert only(read(tmp_path, "openai", [record], "chat.jsonl")).messages[0].content == long
+    assert only(read(tmp_path, "openai", record)).messages[0].content == long  # also as a document
+
+
 def test_a_truncated_document_keeps_what_came_before(tmp_path: Path) -> None:
     file = tmp_path / "log.json"
     whole = json.dumps(change(INSPECT, "samples", 1, to=change(INSPECT["samples"], 0, "id", to=2)[0]))  # type: ignore[index]

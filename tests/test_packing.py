@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_klong.data.packing import minimum_rows, pack_rows
-from megatron_klong.data.rows import PackedRows, fill_row
+from megatron_klong.data.rows import PackedRows, balanced, fill_row
 from megatron_klong.data.windows import TrainingSample
 
 lengths_and_row = st.integers(1, 40).flatmap(
@@ -70,6 +70,9 @@ def test_the_bound_never_exceeds_the_optimum(case: tuple[list[int], int]) -> Non
 def test_the_bound_sees_what_the_sum_does_not() -> None:
     assert minimum_rows(np.array([6, 6, 6]), 10) == 3  # the sum alone says 2
     assert minimum_rows(np.array([7, 7, 4, 4]), 10) == 3  # neither 4 goes beside a 7
+    assert minimum_rows(np.full(8, 21), 100) == 2
+    assert minimum_rows(np.full(9, 21), 100) == 3  # no five of 21 share 100, though 9 x 21 < 200
+    assert minimum_rows(np.full(10, 20), 100) == 2  # but five of 20 do
 
 
 def test_another_seed_gives_other_rows() -> None:
@@ -77,6 +80,24 @@ def test_another_seed_gives_other_rows() -> None:
     first, second = pack_rows(lengths, 30, 0), pack_rows(lengths, 30, 1)
     assert len(first) == len(second) == 20
     assert [row.tolist() for row in first] != [row.tolist() for row in second]
+
+
+@given(st.integers(1, 5), st.lists(st.floats(0, 100), max_size=40))
+def test_ranks_take_equally_many_rows_of_equal_cost(ways: int, drawn: list[float]) -> None:
+    costs = [cost for cost in drawn for _ in range(ways)] if len(drawn) % ways else drawn
+    taken = balanced(costs, ways)
+    assert sorted(row for rank in taken for row in rank) == list(range(len(costs)))
+    assert len({len(rank) for rank in taken}) == 1
+    # However costs are spread, no rank has more than another by more than the dearest row.
+    sums = [sum(costs[row] for row in rank) for rank in taken]
+    assert max(sums) - min(sums) <= max(costs, default=0) + 1e-6
+
+
+def test_the_balance_is_by_cost_not_by_number() -> None:
+    costs = [100.0, 1, 1, 1, 100, 1, 1, 1]
+    sums = [sum(costs[row] for row in rank) for rank in balanced(costs, 2)]
+    assert sums == [103, 103]
+    assert sum(costs[0::2]) == 202  # what taking turns would have given one rank
 
 
 def test_a_sample_longer_than_a_row_is_refused() -> None:
@@ -105,7 +126,7 @@ class Numbered:
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
 
-    def sample(self, index: int) -> TrainingSample:
+    def packable(self, index: int) -> TrainingSample:
         length = int(self.lengths[index])
         return TrainingSample(np.full(length, index), np.ones(length, dtype=bool), index, 0)
 

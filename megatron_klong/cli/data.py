@@ -263,7 +263,7 @@ def show(
     untrainable: Untrainable = "drop",
     as_json: AsJson = False,
 ) -> None:
-    """Lay one trajectory's windows open: spans, and with --json token ids and loss mask.
+    """Lay one trajectory's windows open: spans with their text, and with --json token ids and loss mask.
 
     Example: klong data show store/agent django-13964 --max-tokens 32768 --overlap 4096
     --reserve-generation 4096 --reserve-observation 8192 --json
@@ -286,7 +286,8 @@ def show(
         for span in shown.spans:
             where = "inserted" if span.start is None else f"{span.start}..{span.stop}"
             turn = "" if span.turn is None else f"turn {span.turn}"
-            print(f"  {span.kind:<8} {turn:<9} {where:<16} {span.length:>6} tokens, {span.trained} trained")
+            loss = f"{span.trained:>6} with loss" if span.trained else " " * 16
+            print(f"  {span.kind:<8} {turn:<9} {where:<16} {span.length:>6} tokens {loss}  {span.text}")
     for number, reason in view.not_trained.items():
         print(f"turn {number} is not trained: {reason}")
 

@@ -22,6 +22,7 @@ from megatron_klong.config import DataConfig, WindowConfig
 from megatron_klong.data.header import held_out_trajectories, read_headers, window_rule
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import (
+    StoredWindow,
     TrainingSample,
     WindowAssembler,
     split_store,
@@ -83,12 +84,17 @@ class SplitTrajectoryDataset(MegatronDataset):
     def __len__(self) -> int:
         return self.num_samples or len(self._places)
 
-    def sample(self, index: int) -> TrainingSample:
+    def packable(self, index: int) -> StoredWindow:
         """Window ``index``, counted on over the end."""
         place = int(self._places[index % len(self._places)])
         number = int(self._windows.numbers[self._windows.table.trajectory[place]])
         window = self._windows.table.window(place)
-        return self._assembler.sample(window, self._store.trajectory(number), number)
+        return self._assembler.stored(window, self._store.trajectory(number), number)
+
+    def sample(self, index: int) -> TrainingSample:
+        """Tokens and loss mask of window ``index``."""
+        stored = self.packable(index)
+        return self._assembler.sample(stored.window, stored.blocks, stored.trajectory)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """The same as a mapping, which is what Megatron's blending wants."""
@@ -110,10 +116,16 @@ class BlendedWindows:
     def __len__(self) -> int:
         return len(self._blended)
 
-    def sample(self, index: int) -> TrainingSample:
+    def packable(self, index: int) -> StoredWindow:
         """Window ``index`` of the blend."""
         source = self._blended.datasets[self._blended.dataset_index[index]]
-        return source.sample(int(self._blended.dataset_sample_index[index]))
+        stored: StoredWindow = source.packable(int(self._blended.dataset_sample_index[index]))
+        return stored
+
+    def sample(self, index: int) -> TrainingSample:
+        """Tokens and loss mask of window ``index`` of the blend."""
+        stored = self.packable(index)
+        return stored.assembler.sample(stored.window, stored.blocks, stored.trajectory)
 
 
 Windows = SplitTrajectoryDataset | BlendedWindows

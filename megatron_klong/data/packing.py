@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
+from fractions import Fraction
 
 import numpy as np
+
+_LARGEST_K = 20
 
 
 def pack_rows(lengths: np.ndarray, row_tokens: int, seed: int) -> list[np.ndarray]:
@@ -38,14 +42,31 @@ def pack_rows(lengths: np.ndarray, row_tokens: int, seed: int) -> list[np.ndarra
 
 
 def minimum_rows(lengths: np.ndarray, row_tokens: int) -> int:
-    """A lower bound on the rows that any packing needs (Martello and Toth's L2, which covers L1).
+    """A lower bound on the rows that any packing needs: the larger of two.
 
-    For every threshold k: samples over R - k share a row with none of size k or more; those over
-    R / 2 share with none of their kind; the rest of size k or more fills what these leave.
+    Martello and Toth's L2, which covers L1: for every threshold k, samples over R - k share a row with none
+    of size k or more; those over R / 2 share with none of their kind; the rest of size k or more fills what
+    these leave. And Fekete and Schepers' dual feasible functions u_k, by which a sample counts for as many
+    k-ths of a row as its size has (k+1)-ths: of samples over a fifth of a row, no five share one.
     """
     if not len(lengths):
         return 0
-    sizes = np.sort(lengths.astype(np.int64))
+    sizes = lengths.astype(np.int64)
+    return max(_l2(sizes, row_tokens), _dual_feasible(sizes, row_tokens))
+
+
+def _dual_feasible(sizes: np.ndarray, row_tokens: int) -> int:
+    best = 0
+    for k in range(1, _LARGEST_K + 1):
+        parts, rest = np.divmod((k + 1) * sizes, row_tokens)
+        # A size of exactly so many (k+1)-ths counts as it is: x = parts / (k + 1).
+        exact = parts[rest == 0].sum()
+        best = max(best, math.ceil(Fraction(int(parts[rest > 0].sum()), k) + Fraction(int(exact), k + 1)))
+    return best
+
+
+def _l2(lengths: np.ndarray, row_tokens: int) -> int:
+    sizes = np.sort(lengths)
     total = np.concatenate([[0], np.cumsum(sizes)])
     half = int(np.searchsorted(sizes, row_tokens // 2, side="right"))  # sizes[half:] exceed R / 2
     k = np.unique(np.concatenate([[0], sizes[:half]]))

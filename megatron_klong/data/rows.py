@@ -6,13 +6,32 @@ layout; so a run resumes at any layout by remembering one number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from megatron_klong.data.packing import pack_rows
-from megatron_klong.data.windows import TrainingSample
+
+
+class Packable(Protocol):
+    """A sample that can be written into a row."""
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        ...
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """Numbers of its trajectory and window."""
+        ...
+
+    def write(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+        """Write tokens (int64) and loss mask (bool) into arrays of its length."""
+        ...
 
 
 class SampleSource(Protocol):
@@ -20,7 +39,7 @@ class SampleSource(Protocol):
 
     lengths: np.ndarray
 
-    def sample(self, index: int) -> TrainingSample: ...
+    def packable(self, index: int) -> Packable: ...
 
 
 @dataclass(frozen=True)
@@ -47,28 +66,48 @@ class PackedRow:
     units: int
 
 
-def fill_row(samples: list[TrainingSample], row_tokens: int) -> PackedRow:
+def fill_row(samples: Sequence[Packable], row_tokens: int) -> PackedRow:
     """Put samples behind one another and shift them into inputs and labels.
 
     The last token of a sample predicts nothing, so its place carries no loss, whatever follows.
     """
-    tokens = np.zeros(row_tokens, dtype=np.int64)
-    labels = np.zeros(row_tokens, dtype=np.int64)
-    mask = np.zeros(row_tokens, dtype=np.float32)
-    boundaries = [0]
-    for sample in samples:
-        start, length = boundaries[-1], len(sample.tokens_T)
-        tokens[start : start + length] = sample.tokens_T
-        labels[start : start + length - 1] = sample.tokens_T[1:]
-        mask[start : start + length - 1] = sample.loss_mask_T[1:]
-        boundaries.append(start + length)
-    sample_tokens = boundaries[-1]
-    if sample_tokens < row_tokens:
+    boundaries = [0, *accumulate(sample.length for sample in samples)]
+    used = boundaries[-1]
+    tokens, labels = np.empty(row_tokens, dtype=np.int64), np.empty(row_tokens, dtype=np.int64)
+    mask, trained = np.empty(row_tokens, dtype=np.float32), np.empty(used, dtype=bool)
+    for sample, start, stop in zip(samples, boundaries, boundaries[1:]):
+        sample.write(tokens[start:stop], trained[start:stop])
+    tokens[used:] = labels[max(used - 1, 0) :] = mask[max(used - 1, 0) :] = 0
+    if used:
+        labels[: used - 1], mask[: used - 1] = tokens[1:used], trained[1:]
+        ends = np.array(boundaries[1:]) - 1
+        labels[ends] = mask[ends] = 0
+    names = tuple(sample.name for sample in samples)
+    if used < row_tokens:
         boundaries.append(row_tokens)
-    names = tuple((sample.trajectory, sample.window) for sample in samples)
-    return PackedRow(
-        tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, sample_tokens, int(mask.sum())
-    )
+    return PackedRow(tokens, labels, mask, np.array(boundaries, dtype=np.int32), names, used, int(mask.sum()))
+
+
+def balanced(costs: Sequence[float], ways: int) -> list[list[int]]:
+    """Which rows of a batch each data-parallel rank takes: equally many, and alike in cost at every step.
+
+    Ranks meet in every micro-batch (expert parallelism) and at the end. So rows of nearly equal cost are
+    taken at one time, the dearest of them by the rank that has done least.
+
+    Args:
+        costs: of each row; a multiple of ``ways``.
+
+    Returns:
+        The numbers of the rows of each rank, in the order in which it takes them.
+    """
+    order = sorted(range(len(costs)), key=lambda row: (-costs[row], row))
+    taken: list[list[int]] = [[] for _ in range(ways)]
+    done = [0.0] * ways
+    for step in range(0, len(order), ways):
+        for rank, row in zip(sorted(range(ways), key=lambda rank: (done[rank], rank)), order[step:]):
+            taken[rank].append(row)
+            done[rank] += costs[row]
+    return taken
 
 
 class PackedRows:
@@ -83,10 +122,18 @@ class PackedRows:
 
     def row(self, position: int) -> PackedRow:
         """Row ``position`` of the whole run, counted from 0."""
+        samples = [self._source.packable(index) for index in self._indices(position).tolist()]
+        return fill_row(samples, self.row_tokens)
+
+    def cost(self, position: int) -> float:
+        """Of the attention of a row: pairs of tokens that see each other."""
+        lengths = self._source.lengths[self._indices(position)].astype(np.float64)
+        return float((lengths**2).sum())
+
+    def _indices(self, position: int) -> np.ndarray:
         epoch = self.epoch(position)
         start = self._ends[epoch - 1] if epoch else 0
-        indices = self._epoch_plan(epoch)[position - start]
-        return fill_row([self._source.sample(int(index)) for index in indices], self.row_tokens)
+        return self._epoch_plan(epoch)[position - start]
 
     def epoch(self, position: int) -> int:
         """The epoch that a row belongs to, from 0."""

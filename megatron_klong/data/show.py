@@ -11,13 +11,17 @@ from megatron_klong.data.header import window_rule
 from megatron_klong.data.report import assistant_tokens
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import SpanKind, WindowAssembler, split_store
+from megatron_klong.trajectory.render import Renderer
 from megatron_klong.window import REASONS
+
+_EXCERPT_TOKENS = 24
+_EXCERPT_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
 class SpanView:
     """A stretch of a window: ``length`` tokens, ``start`` to ``stop`` of the trajectory (both None
-    for inserted tokens)."""
+    for inserted tokens), and how it begins and ends as text."""
 
     kind: str
     turn: int | None
@@ -25,6 +29,7 @@ class SpanView:
     stop: int | None
     length: int
     trained: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig)
     """
     number = store.find(trajectory_id)
     trajectory = store.trajectory(number)
+    renderer = store.renderer()
     rule = window_rule(config, store.header)
     assembler = WindowAssembler(rule, store.header)
     split = split_store(store, rule, config, np.array([number]))
@@ -78,6 +84,7 @@ def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig)
                     stop=None if inserted else span.stop,
                     length=length,
                     trained=int(sample.loss_mask_T[offset : offset + length].sum()),
+                    text=_excerpt(renderer, sample.tokens_T[offset : offset + length].tolist()),
                 )
             )
             offset += length
@@ -101,3 +108,16 @@ def show_trajectory(store: TokenStore, trajectory_id: str, config: WindowConfig)
             turn: str(REASONS[code]) for turn, code in enumerate(split.table.reasons.tolist()) if code
         },
     )
+
+
+def _excerpt(renderer: Renderer, ids: list[int]) -> str:
+    """How tokens begin and end, on one line."""
+    if len(ids) <= 2 * _EXCERPT_TOKENS:
+        text = repr(renderer.decode(ids))[1:-1]
+        if len(text) <= 2 * _EXCERPT_CHARACTERS:
+            return text
+        return f"{text[:_EXCERPT_CHARACTERS]} ... {text[-_EXCERPT_CHARACTERS:]}"
+    first, last = (
+        repr(renderer.decode(part))[1:-1] for part in (ids[:_EXCERPT_TOKENS], ids[-_EXCERPT_TOKENS:])
+    )
+    return f"{first[:_EXCERPT_CHARACTERS]} ... {last[-_EXCERPT_CHARACTERS:]}"

@@ -47,8 +47,8 @@ class TokenStore:
         """Of every turn of the store, int32: twice its tool set, plus 1 if it is context only."""
         if len(self.turn_marks) and not 0 <= self.turn_marks.max() // 2 < len(self.header.tool_sets):
             raise ValueError(
-                f"store {prefix}: {part(prefix, 'turns').name} names tools that the header does not; tokenize "
-                "again"
+                f"store {prefix}: {part(prefix, 'turns').name} names tools that the header does not; "
+                "tokenize again"
             )
         self._starts = np.concatenate([[0], np.cumsum(self.block_lengths, dtype=np.int64)])
 
@@ -136,4 +136,6 @@ class TokenStore:
 
     def _mapped(self, suffix: str, dtype: type[np.generic]) -> np.ndarray:
         file = part(self.prefix, suffix)
-        return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+        if not file.stat().st_size:
+            return np.empty(0, dtype)
+        return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap are slow to make

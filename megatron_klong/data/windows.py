@@ -59,6 +59,20 @@ class TrainingSample:
     trajectory: int
     window: int
 
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return len(self.tokens_T)
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """Numbers of its trajectory and window."""
+        return self.trajectory, self.window
+
+    def write(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+        """Write it into arrays of its length."""
+        tokens[:], loss_mask[:] = self.tokens_T, self.loss_mask_T
+
 
 class SpanKind(StrEnum):
     """What a stretch of a window is."""
@@ -261,10 +275,8 @@ class WindowAssembler:
             else:
                 tokens[place:stop] = trajectory.tokens[stretch.start : stretch.stop]
             if stretch.trained:
-                np.greater_equal(
-                    trajectory.marks[stretch.start : stretch.stop], TRAINED, out=loss_mask[place:stop],
-                    casting="unsafe",
-                )  # fmt: skip
+                marks = trajectory.marks[stretch.start : stretch.stop]
+                np.greater_equal(marks, TRAINED, out=loss_mask[place:stop])
             else:
                 loss_mask[place:stop] = 0
             place = stop
@@ -275,6 +287,10 @@ class WindowAssembler:
         tokens, mask = np.empty(window.tokens, dtype=np.int64), np.empty(window.tokens, dtype=bool)
         self.write(window, trajectory, tokens, mask)
         return TrainingSample(tokens, mask, number, window.context.window)
+
+    def stored(self, window: Window, trajectory: TokenBlocks, number: int) -> StoredWindow:
+        """The same, not copied yet."""
+        return StoredWindow(self, window, trajectory, number)
 
     def span_length(self, span: Span) -> int:
         """Its length in tokens."""
@@ -305,3 +321,27 @@ class WindowAssembler:
 
 def _kind(turn: int, context: Context) -> SpanKind:
     return SpanKind.ACTION if turn >= context.first_new_turn else SpanKind.OVERLAP
+
+
+@dataclass(frozen=True)
+class StoredWindow:
+    """A window of a stored trajectory, written where it is wanted."""
+
+    assembler: WindowAssembler
+    window: Window
+    blocks: TokenBlocks
+    trajectory: int
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return self.window.tokens
+
+    @property
+    def name(self) -> tuple[int, int]:
+        """Numbers of its trajectory and window."""
+        return self.trajectory, self.window.context.window
+
+    def write(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+        """Write it into arrays of its length."""
+        self.assembler.write(self.window, self.blocks, tokens, loss_mask)

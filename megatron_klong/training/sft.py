@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_klong.config import SftConfig
 from megatron_klong.data.dataset import build_datasets
-from megatron_klong.data.rows import PackedRow, PackedRows, fill_row
+from megatron_klong.data.rows import PackedRow, PackedRows, balanced, fill_row
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.weights import parameter_count
 from megatron_klong.platform import Platform
@@ -75,7 +75,9 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
 
 def _global_batch(rows: PackedRows, start: int, count: int) -> list[PackedRow]:
     """This data-parallel rank's rows of the global batch that begins at row ``start``."""
-    return [rows.row(position) for position in _mine(start, count)]
+    costs = [rows.cost(position) for position in range(start, start + count)]
+    mine = balanced(costs, parallel_state.get_data_parallel_world_size())
+    return [rows.row(start + row) for row in mine[parallel_state.get_data_parallel_rank()]]
 
 
 def _evaluation_rows(rows: PackedRows, most: int) -> list[PackedRow]:
