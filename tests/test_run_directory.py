@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def inputs(domain_store: Path) -> CheckedInputs:
-    return CheckedInputs(load_hf_config(ROOT / "examples/quickstart/model"), read_header(domain_store))
+    return CheckedInputs(load_hf_config(ROOT / "examples/quickstart/model"), (read_header(domain_store),))
 
 
 def config(*overrides: str) -> SftConfig:

@@ -1,7 +1,8 @@
 """Writing a token store: in shards, each a stretch of the input, which become one store at the end.
 
 A shard is a folder with the parts of a store, complete or absent. So several processes write at a time, what
-was written stays when they are stopped, and the store depends on neither.
+was written stays when they are stopped, and the store depends on neither. Megatron is imported only where
+shards are joined: the processes that make them start in a fraction of a second without it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_klong.data.blocks import TRAINED, TrajectoryLabel
 from megatron_klong.data.header import (
@@ -48,13 +48,18 @@ class ShardCounts:
 
 
 class ShardWriter:
-    """Writes a shard; use it as a context manager. The folder appears at the end, complete."""
+    """Writes a shard; use it as a context manager. The folder appears at the end, complete.
 
-    def __init__(self, folder: Path, renderer: Renderer) -> None:
+    Args:
+        opening_tokens: how many tokens open an action; they carry no loss.
+        dtype: of token ids, such as ``uint16``.
+    """
+
+    def __init__(self, folder: Path, opening_tokens: int, dtype: str) -> None:
         self._folder = folder
         self._building = folder.with_name(f".{folder.name}.unfinished")
-        self._opening = len(renderer.opening_ids)
-        self._dtype = DType.optimal_dtype(renderer.vocab_size)
+        self._opening = opening_tokens
+        self._dtype = np.dtype(dtype)
         self._tool_sets: dict[tuple[str, ...], int] = {}
         self._trajectories = self._tokens = self._trained = 0
 
@@ -130,6 +135,8 @@ def join_shards(shards: Sequence[Path], prefix: Path, renderer: Renderer, tokeni
     Raises:
         ValueError: two trajectories have one id, or the store cannot be written.
     """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
     building = shards[0].parent / "joined"
     counts = [read_counts(shard) for shard in shards]
     tool_sets = tuple(dict.fromkeys(tools for each in counts for tools in each.tool_sets))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_klong.data.header import FORMAT_VERSION, StoreHeader
 from megatron_klong.data.shards import ShardWriter, join_shards, read_counts
 from megatron_klong.trajectory.importing import read_imported_lines
@@ -38,6 +40,7 @@ class TokenizeJob:
     tokenizer: str
     tokenizer_sha256: str
     shard_bytes: int
+    dtype: str
     version: int = FORMAT_VERSION
 
 
@@ -80,7 +83,7 @@ def tokenize(
         raise ValueError(f"{file}: {error.strerror}") from error
     job = TokenizeJob(
         str(file.resolve()), seen.st_size, seen.st_mtime_ns, renderer, str(tokenizer.resolve()),
-        rendering.fingerprint, shard_bytes,
+        rendering.fingerprint, shard_bytes, _id_type(rendering.vocab_size),
     )  # fmt: skip
     with _building(prefix, job) as folder:
         starts = range(0, seen.st_size, shard_bytes)
@@ -101,6 +104,13 @@ def tokenize(
         header = join_shards(shards, prefix, rendering, tokenizer / "tokenizer.json")
         shutil.rmtree(folder)
     return header
+
+
+def _id_type(vocab_size: int) -> str:
+    """The smallest type that Megatron keeps ids of such a vocabulary in."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return np.dtype(DType.optimal_dtype(vocab_size)).name
 
 
 @contextmanager
@@ -163,6 +173,7 @@ def _render_shard(job: TokenizeJob, folder: Path, number: int) -> None:
     """In a process of its own: the trajectories whose lines begin in a stretch of the file."""
     renderer = load_renderer(job.renderer, Path(job.tokenizer))
     start = number * job.shard_bytes
-    with ShardWriter(folder / f"shard-{number:06d}", renderer) as writer:
+    opening = len(renderer.opening_ids)
+    with ShardWriter(folder / f"shard-{number:06d}", opening, job.dtype) as writer:
         for trajectory in read_imported_lines(Path(job.file), start, start + job.shard_bytes):
             writer.add(trajectory, renderer.render(trajectory))

@@ -228,7 +228,9 @@ class WindowAssembler:
     def stretches(self, window: Window, bounds: np.ndarray) -> list[Stretch]:
         """The same as few stretches as possible: what stands together in the trajectory stays together."""
         context = window.context
-        found = self._run(0, 2 * context.prefix_turns, bounds, trained=False)
+        found = [Stretch(0, int(bounds[1]))]  # initial messages are never cut
+        if context.prefix_turns:
+            found += self._run(1, 2 * context.prefix_turns, bounds, trained=False)
         if context.marker:
             found.append(Stretch(0, 0, self._inserted[SpanKind.MARKER]))
         first = 2 * context.first_turn + 1 if context.marker else 1
@@ -241,13 +243,11 @@ class WindowAssembler:
         """Blocks ``first`` to ``last``, cut where one of them is over its cap."""
         found: list[Stretch] = []
         start = int(bounds[first])
-        lengths = np.diff(bounds[first : last + 2])
-        caps = np.where(
-            np.arange(first, last + 1) % 2, self._opening + self._rule.reserve_generation,
-            self._rule.reserve_observation,
-        )  # fmt: skip
-        if first == 0:
-            caps[0] = lengths[0]  # initial messages are never cut
+        lengths = bounds[first + 1 : last + 2] - bounds[first : last + 1]
+        action_cap = self._opening + self._rule.reserve_generation
+        if lengths.max() <= min(action_cap, self._rule.reserve_observation):
+            return [Stretch(start, int(bounds[last + 1]), trained=trained)]
+        caps = np.where(np.arange(first, last + 1) % 2, action_cap, self._rule.reserve_observation)
         for place in np.flatnonzero(lengths > caps).tolist():
             block = first + place
             free = self._opening if block % 2 else 0
