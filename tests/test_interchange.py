@@ -590,7 +590,7 @@ def test_what_is_exported_is_imported_equal(tmp_path: Path, shared_data: Path, t
     report = import_trajectories(files, imported)
     assert (report.refused, report.kept) == (0, 216)
     exported = tmp_path / f"{to}.jsonl"
-    assert export_trajectories(imported, to, exported).trajectories == 216
+    assert export_trajectories(read_imported(imported), to, exported).trajectories == 216
     back = tmp_path / "back.jsonl"
     assert import_trajectories([exported], back, format=to).kept == 216
     for before, after in zip(read_imported(imported), read_imported(back), strict=True):
@@ -603,7 +603,7 @@ def test_atif_files_have_safe_and_different_names(tmp_path: Path) -> None:
     file.write_text(
         "".join(json.dumps({"id": i, "messages": [{"role": "assistant", "content": i}]}) + "\n" for i in ids)
     )
-    assert export_trajectories(file, "atif", out).files == 3
+    assert export_trajectories(read_imported(file), "atif", out).files == 3
     written = sorted(out.iterdir())
     assert len(written) == 3 and out / "plain.trajectory.json" in written
     assert {json.loads(each.read_text())["trajectory_id"] for each in written} == set(ids)

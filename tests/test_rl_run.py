@@ -31,6 +31,9 @@ from megatron_klong.rl.batches import read_batch
 from megatron_klong.rl.exchange import Done, Exchange
 from megatron_klong.rl.report import RlSummary
 from megatron_klong.training.run_directory import RunDirectory
+from megatron_klong.trajectory.importing import read_file
+from megatron_klong.trajectory.interchange import READERS
+from megatron_klong.trajectory.schema import Trajectory
 
 pytestmark = pytest.mark.timeout(900)
 ITERATIONS, GROUPS, MEMBERS = 3, 2, 4
@@ -249,6 +252,35 @@ def test_a_finished_run_is_left_as_it_is(undisturbed: Run, inputs: Path) -> None
         assert again.returncode == 2 and "tasks.train.content" in again.stderr
     finally:
         shutil.rmtree(extra)
+
+
+def test_rollouts_are_exported_with_what_was_sampled(undisturbed: Run, tmp_path: Path) -> None:
+    out = tmp_path / "rollouts.jsonl"
+    command = [sys.executable, "-m", "megatron_klong.cli", "data", "export", str(undisturbed.folder)]
+    subprocess.run([*command, "--to", "atif", "--out", str(out)], check=True, timeout=120)
+    read = list(read_file(out, READERS["atif"]))
+    assert len(read) == len(undisturbed.rows("id"))
+    found = {item.id: item for item in read if isinstance(item, Trajectory)}
+    refused = [item for item in read if not isinstance(item, Trajectory)]
+    assert all("without content, reasoning or calls" in item.reason for item in refused)
+    assert len(found) > len(read) / 2
+    for name, score, tokens in undisturbed.rows("id, score, generated_tokens"):
+        item = found.get(str(name))
+        if item is None:
+            continue
+        metrics = [m.metadata["step"]["metrics"] for m in item.messages if m.role == "assistant"]
+        ids = [token for each in metrics for token in each["completion_token_ids"]]
+        assert (item.reward, len(ids)) == (score, tokens)
+        assert all(len(each["completion_token_ids"]) == len(each["logprobs"]) for each in metrics)
+        assert all(log_prob <= 0 for each in metrics for log_prob in each["logprobs"])
+    batch = read_batch(undisturbed.folder / "batches", 1)
+    segment = next(s for s in batch.segments if s.sample.window == 0
+                   and batch.header.rollouts[s.sample.trajectory] in found)  # fmt: skip
+    first = found[batch.header.rollouts[segment.sample.trajectory]]
+    sampled = segment.sample.tokens_T[segment.sample.loss_mask_T].tolist()
+    exported = [token for m in first.messages if m.role == "assistant"
+                for token in m.metadata["step"]["metrics"]["completion_token_ids"]]  # fmt: skip
+    assert exported[: len(sampled)] == sampled
 
 
 def test_a_live_run_is_not_touched(undisturbed: Run) -> None:

@@ -62,19 +62,28 @@ def import_(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="File written by `klong data import`.")],
+    source: Annotated[
+        Path, typer.Argument(help="File written by `klong data import`, or run directory of `klong rl`.")
+    ],
     to: Annotated[str, typer.Option(help="openai or atif.")],
     out: Annotated[Path, typer.Option(help="A .jsonl file; for atif also a folder, a file for each.")],
     as_json: AsJson = False,
 ) -> None:
     """Write trajectories as OpenAI chat JSONL or ATIF 1.7; importing them gives equal ones back.
 
+    Of a run of reinforcement learning, all graded rollouts, with the token ids and log-probs sampled.
+
     Example: klong data export trajectories.jsonl --to atif --out atif/
     """
+    from megatron_klong.rollout.export import is_run, rollout_trajectories
     from megatron_klong.trajectory.exporting import export_trajectories
+    from megatron_klong.trajectory.importing import read_imported
 
+    if source.resolve() == out.resolve():
+        raise ValueError(f"--out {out}: is the input")
+    trajectories = rollout_trajectories(source) if is_run(source) else read_imported(source)
     with counter("exporting", "trajectories") as tick:
-        report = export_trajectories(file, to, out, tick)
+        report = export_trajectories(trajectories, to, out, tick)
     if as_json:
         print_json(report)
         return

@@ -1,14 +1,14 @@
-"""Imported trajectories back to the formats of others."""
+"""Trajectories to the formats of others."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_klong.trajectory.importing import read_imported, written_when_complete
+from megatron_klong.trajectory.importing import written_when_complete
 from megatron_klong.trajectory.interchange.atif import write_atif
 from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
 from megatron_klong.trajectory.schema import Trajectory
@@ -31,34 +31,32 @@ class ExportReport:
 
 
 def export_trajectories(
-    file: Path, to: str, out: Path, on_record: Callable[[], None] = lambda: None
+    trajectories: Iterable[Trajectory], to: str, out: Path, on_record: Callable[[], None] = lambda: None
 ) -> ExportReport:
-    """Write the trajectories of an imported file in another format.
+    """Write trajectories in another format.
 
     Args:
-        file: written by ``klong data import``.
+        trajectories: such as :func:`~megatron_klong.trajectory.importing.read_imported` gives.
         to: a name of :data:`WRITERS`.
         out: a ``.jsonl`` file for one record a line; else a folder for one file each, which is how tools
             for ATIF take them.
 
     Raises:
-        ValueError: an unknown format, a file that is not imported, or a place that cannot be written.
+        ValueError: an unknown format, or a place that cannot be written.
     """
     if to not in WRITERS:
         raise ValueError(f"--to {to}: there are {', '.join(WRITERS)}")
-    if file.resolve() == out.resolve():
-        raise ValueError(f"--out {out}: is the input")
     write, count = WRITERS[to], 0
     if out.suffix == ".jsonl":
         with written_when_complete(out) as stream:
-            for trajectory in read_imported(file):
+            for trajectory in trajectories:
                 stream.write(write(trajectory) + "\n")
                 count += 1
                 on_record()
         return ExportReport(str(out), count, 1)
     if to == "openai":
         raise ValueError(f"--out {out}: name a .jsonl file")
-    for trajectory in read_imported(file):
+    for trajectory in trajectories:
         count += 1
         name = _UNSAFE.sub("_", trajectory.id)[:100] or "trajectory"
         if name != trajectory.id:
