@@ -208,7 +208,7 @@ def test_mini_swe_agent(tmp_path: Path, called: bool) -> None:
         "tool" if called else "user", "patch", "c2" if called else None,
     )  # fmt: skip
     assert last.metadata == {"source_role": "exit", "extra": {"exit_status": "Submitted"}}
-    assert trajectory.id == trajectory.task_id == "i"
+    assert trajectory.id == trajectory.task_id == "i"  # by the file's name, and by instance_id
     assert trajectory.metadata["info"] == {"exit_status": "Submitted"}
 
 
@@ -224,7 +224,8 @@ def test_openhands_v0(tmp_path: Path) -> None:
          "args": {"content": "s", "tools": [{"type": "function"}]}},
         {"id": 1, "source": "user", "action": "message", "args": {"content": "do"}},
         {"id": 2, "source": "user", "action": "recall", "args": {"query": "do"}},
-        {"id": 4, "source": "environment", "observation": "recall", "content": "Added", "cause": 2},
+        {"id": 4, "source": "environment", "observation": "recall", "content": "Added", "cause": 2,
+         "extras": {"repo_instructions": "", "microagent_knowledge": [{"content": "use make"}]}},
         {"id": 5, "source": "agent", "action": "run", "args": {"command": "ls"},
          "tool_call_metadata": {"tool_call_id": "c1", "model_response": both}},
         {"id": 7, "source": "agent", "action": "think", "args": {},
@@ -246,6 +247,7 @@ def test_openhands_v0(tmp_path: Path) -> None:
     assert shown == [
         ("system", "s", (), None),
         ("user", "do", (), None),
+        ("user", "Added\n\nuse make", (), None),
         ("assistant", "look", ("c1", "c2"), None),
         ("tool", "logged", (), "c2"),
         ("tool", "a b", (), "c1"),
@@ -255,8 +257,8 @@ def test_openhands_v0(tmp_path: Path) -> None:
         ("user", "limit", (), None),
     ]
     assert trajectory.tools == ({"type": "function"},)
-    assert [event["id"] for event in trajectory.metadata["events"]] == [2, 4]
-    assert trajectory.messages[5].tool_calls[0] == ToolCall("run", {"command": "pwd"}, "event-11")
+    assert [event["id"] for event in trajectory.metadata["events"]] == [2]
+    assert trajectory.messages[6].tool_calls[0] == ToolCall("run", {"command": "pwd"}, "event-11")
 
 
 def test_openhands_v1(tmp_path: Path) -> None:
@@ -307,7 +309,8 @@ INSPECT = {
                 {"role": "assistant",
                  "content": [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "go"}],
                  "tool_calls": [{"id": "c", "function": "go", "arguments": {"url": "u"}}]},
-                {"role": "tool", "content": "page", "tool_call_id": "c", "function": "go"},
+                {"role": "tool", "content": "", "tool_call_id": "c", "function": "go",
+                 "error": {"type": "timeout", "message": "Command timed out"}},
             ],
         },
         {"id": "b", "messages": [{"role": "user", "content": [{"type": "image", "image": "i"}]}]},
@@ -326,7 +329,8 @@ def check_inspect(found: Found) -> None:
     assert user.content == "a long text"
     assert (action.content, action.reasoning_content) == ("go", "hm")
     assert action.tool_calls == (ToolCall("go", {"url": "u"}, "c"),)
-    assert (result.tool_call_id, result.metadata) == ("c", {"function": "go"})
+    assert (result.tool_call_id, result.content) == ("c", "Error: Command timed out")  # as the model saw it
+    assert result.metadata["error"]["type"] == "timeout"
     assert isinstance(bad, Refusal)
     assert bad.field == "messages.0.content" and "type 'image'" in bad.reason
 
@@ -435,6 +439,81 @@ def test_bad_records_are_refused_by_field(
     assert refusal.field == field
     assert reason in refusal.reason
     assert json.loads(refusal.raw)  # all of it is in the quarantine
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("inspect", change(INSPECT, "samples", 0, "events", 0, "tools", to=5)),
+        ("inspect", change(INSPECT, "samples", 0, "messages", 0, "content", to="\ud800")),
+        ("openhands-v0", {"instance_id": "i", "history": [
+            {"id": 0, "source": "agent", "action": "system", "args": {"content": "s", "tools": 5}}]}),
+        ("openhands-v1", [{"kind": "ActionEvent", "id": "\ud800", "source": "agent"}]),
+    ],
+)  # fmt: skip
+def test_odd_records_go_to_quarantine_and_end_nothing(tmp_path: Path, name: str, value: Any) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(value))
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    report = import_trajectories([file, good], tmp_path / "out.jsonl", format="auto")
+    assert report.kept >= 1 and report.formats["openai"] == 1
+    if report.quarantine:
+        lines = Path(report.quarantine).read_text().splitlines()
+        assert len(lines) == report.refused and all(json.loads(line)["reason"] for line in lines)
+    assert name in READERS
+
+
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    record = '[{"messages": [{"role": "assistant", "content": "a"}], "x": DEEP}]'
+    (tmp_path / "a.json").write_text(record.replace("DEEP", deep))
+    (tmp_path / "b.json").write_text('{"messages":' * 5_000)
+    report = import_trajectories([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "out.jsonl")
+    assert (report.kept, report.refused) == (0, 2)
+
+
+def test_a_damaged_deflate_member_and_an_odd_header_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "log.eval"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("samples/1_epoch_1.json", json.dumps(INSPECT["samples"][0]) * 50)  # type: ignore[index]
+    content = bytearray(file.read_bytes())
+    content[60:80] = b"\xff" * 20
+    file.write_bytes(content)
+    (refusal,) = read_file(file, READERS["inspect"])
+    assert isinstance(refusal, Refusal) and "damaged" in refusal.reason
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("header.json", '{"eval": 5}')
+    (refusal,) = read_file(file, READERS["inspect"])
+    assert isinstance(refusal, Refusal) and "damaged archive" in refusal.reason
+
+
+def test_runs_of_one_task_do_not_refuse_each_other(tmp_path: Path) -> None:
+    raw = {"info": {}, "instance_id": "same", "trajectory_format": "mini-swe-agent-1.1",
+           "messages": [{"role": "assistant", "content": "a"}]}  # fmt: skip
+    for name in ("a.traj.json", "b.traj.json"):
+        (tmp_path / name).write_text(json.dumps(raw))
+    assert import_trajectories(sorted(tmp_path.iterdir()), tmp_path / "out.jsonl").kept == 2
+
+
+def test_openai_rows_with_info_are_openai(tmp_path: Path) -> None:
+    row = {"id": "mine", "reward": 1.0, "tools": [{"type": "function"}], "info": {},
+           "messages": [{"role": "assistant", "content": "a"}]}  # fmt: skip
+    trajectory = only(read(tmp_path, "openai", [row], "rows.jsonl"))
+    assert (trajectory.id, trajectory.reward, trajectory.tools) == ("mine", 1.0, ({"type": "function"},))
+
+
+def test_lines_are_lines_whatever_the_file_is_called(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x" * 100_000}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "rows.txt").write_text((json.dumps(row) + "\n") * 3)
+    assert len(list(read_file(tmp_path / "rows.txt", reader_of(tmp_path / "rows.txt", "auto")))) == 3
+
+
+def test_subagents_of_several_lines_have_ids_of_their_own(tmp_path: Path) -> None:
+    inner = change(ATIF, "subagent_trajectories", to=[])
+    twice = change(ATIF, "subagent_trajectories", to=[inner, inner])
+    found = read(tmp_path, "atif", [twice, twice], "runs.jsonl")
+    assert len({item.id for item in found if isinstance(item, Trajectory)}) == 6
 
 
 def test_a_message_of_ten_megabytes_is_a_message(tmp_path: Path) -> None:
@@ -599,13 +678,13 @@ def test_what_is_exported_is_imported_equal(tmp_path: Path, shared_data: Path, t
 
 def test_atif_files_have_safe_and_different_names(tmp_path: Path) -> None:
     file, out = tmp_path / "t.jsonl", tmp_path / "out"
-    ids = ["plain", "../a/b", "..:a:b"]
+    ids = ["plain", "../a/b", "..:a:b", "a b", "a_b-2", "a_b", "A_B"]
     file.write_text(
         "".join(json.dumps({"id": i, "messages": [{"role": "assistant", "content": i}]}) + "\n" for i in ids)
     )
-    assert export_trajectories(read_imported(file), "atif", out).files == 3
+    assert export_trajectories(read_imported(file), "atif", out).files == len(ids)
     written = sorted(out.iterdir())
-    assert len(written) == 3 and out / "plain.trajectory.json" in written
+    assert len(written) == len(ids) and out / "plain.trajectory.json" in written
     assert {json.loads(each.read_text())["trajectory_id"] for each in written} == set(ids)
 
 
@@ -658,7 +737,9 @@ def sources(folder: Path) -> Iterator[tuple[Path, list[list[str]]]]:
 
 
 def _openhands_v0(history: list[dict[str, Any]]) -> list[str]:
-    texts = [e["content"] for e in history if "observation" in e and e["observation"] != "recall"]
+    texts = [e["content"] for e in history if "observation" in e]
+    texts += [k["content"] for e in history if e.get("observation") == "recall"
+              for k in e["extras"]["microagent_knowledge"]]  # fmt: skip
     for event in history:
         if event.get("action") in ("system", "message"):
             texts.append(event["args"]["content"])

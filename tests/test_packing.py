@@ -126,6 +126,9 @@ class Numbered:
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
 
+    def epoch(self, number: int) -> Numbered:
+        return self
+
     def packable(self, index: int) -> TrainingSample:
         length = int(self.lengths[index])
         return TrainingSample(np.full(length, index), np.ones(length, dtype=bool), index, 0)

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_klong.config import BlendConfig, DataConfig, WindowConfig
@@ -65,26 +67,31 @@ def test_the_store_does_not_depend_on_how_it_is_made(domain: Path, imported: Pat
         assert [label.id for label in store.labels] == [json.loads(line)["id"] for line in (first, second)]
 
 
-def test_an_interrupted_run_goes_on(domain: Path, imported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_run_goes_on(domain: Path, imported: Path, tmp_path: Path, processes: int) -> None:
     """`kill -9` in the middle: what was rendered is not rendered again, and the store is the same."""
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom megatron_klong.data.tokenize import tokenize\n"
         f"tokenize(Path({str(imported)!r}), Path({str(tmp_path / 'store')!r}), renderer='glm-4.5',"
-        f" tokenizer=Path({str(domain / 'tokenizer')!r}), processes=1, shard_bytes={SHARD},"
+        f" tokenizer=Path({str(domain / 'tokenizer')!r}), processes={processes}, shard_bytes={SHARD},"
         " on_progress=lambda at: time.sleep(0.2))"
     )
-    started = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script])
+    (tmp_path / "script.py").write_text(f"if __name__ == '__main__':\n    exec({script!r})\n")
+    started = subprocess.Popen([sys.executable, "-W", "ignore", str(tmp_path / "script.py")])
     building = tmp_path / ".store.building"
     deadline = time.monotonic() + 120
-    while len(list(building.glob("shard-*"))) < 2:
+    while len(list(building.glob("*/shard-*"))) < 2:
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    helpers = psutil.Process(started.pid).children(recursive=True)
     started.send_signal(signal.SIGKILL)
     started.wait()
+    psutil.wait_procs(helpers, timeout=10)
+    assert not any(helper.is_running() and helper.status() != psutil.STATUS_ZOMBIE for helper in helpers)
     assert not part(tmp_path / "store", "json").exists()
 
     def times() -> dict[str, int]:
-        return {shard.name: (shard / "bin").stat().st_mtime_ns for shard in building.glob("shard-*")}
+        return {shard.name: (shard / "bin").stat().st_mtime_ns for shard in building.glob("*/shard-*")}
 
     kept = times()
     first: list[TokenizeProgress] = []
@@ -93,10 +100,10 @@ def test_an_interrupted_run_goes_on(domain: Path, imported: Path, tmp_path: Path
     def look(progress: TokenizeProgress) -> None:
         first.append(progress)
         rendered.append(
-            {shard.name: (shard / "bin").stat().st_mtime_ns for shard in building.glob("shard-*")}
+            {shard.name: (shard / "bin").stat().st_mtime_ns for shard in building.glob("*/shard-*")}
         )
 
-    run(domain, imported, tmp_path / "store", processes=1, shard_bytes=SHARD, on_progress=look)
+    run(domain, imported, tmp_path / "store", processes=processes, shard_bytes=SHARD, on_progress=look)
     assert first[0].done > 0
     assert kept.items() <= rendered[-1].items()
     run(domain, imported, tmp_path / "whole", processes=1)
@@ -110,10 +117,24 @@ def test_other_inputs_start_anew(domain: Path, imported: Path, tmp_path: Path) -
     file.write_text("".join(lines[:2]) + "{}\n")
     with pytest.raises(ValueError, match=r"t\.jsonl:3: messages: Field required; run `klong data import`"):
         run(domain, file, tmp_path / "store", processes=1, shard_bytes=len(lines[0]))
-    assert (tmp_path / ".store.building" / "shard-000000").is_dir()
+    assert len(list((tmp_path / ".store.building").glob("*/shard-000000"))) == 1
     file.write_text("".join(lines[1:3]))
     store = run(domain, file, tmp_path / "store", processes=1, shard_bytes=len(lines[0]))
     assert [label.id for label in store.labels] == [json.loads(line)["id"] for line in lines[1:3]]
+    assert not (tmp_path / ".store.building").exists()
+
+
+def test_records_that_were_not_imported_are_refused(domain: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: id: is missing; run `klong data import`"):
+        run(domain, tmp_path / "t.jsonl", tmp_path / "store")
+
+
+def test_an_input_that_changes_meanwhile_is_refused(domain: Path, imported: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(imported.read_bytes())
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        run(domain, file, tmp_path / "store", processes=1, on_progress=lambda _: os.utime(file, ns=(1, 1)))
 
 
 def test_an_error_in_another_process_is_told(domain: Path, imported: Path, tmp_path: Path) -> None:
@@ -255,33 +276,50 @@ DOMAIN_WINDOW = WindowConfig(
 )  # fmt: skip
 
 
-def blend(domain_store: Path, chats: Path, weight: float) -> BlendedWindows:
+def blend(domain_store: Path, chats: Path, *weights: float) -> BlendedWindows:
     config = DataConfig(
-        store=domain_store, blend=(BlendConfig(store=chats, weight=weight),), window=DOMAIN_WINDOW,
-        validation_fraction=0.25,
+        store=domain_store, blend=tuple(BlendConfig(store=chats, weight=weight) for weight in weights),
+        window=DOMAIN_WINDOW, validation_fraction=0.25,
     )  # fmt: skip
     train, validation = build_datasets(config, seed=1)
     assert isinstance(train, BlendedWindows) and isinstance(validation, BlendedWindows)
-    held_out = {validation.sample(n).tokens_T.tobytes() for n in range(len(validation))}
-    assert not held_out & {train.sample(n).tokens_T.tobytes() for n in range(len(train))}
+    assert not set(windows_of(validation, 0)) & set(windows_of(train, 0))
     return train
 
 
-@pytest.mark.parametrize("weight", [0.5, 2.0])
-def test_a_blend_has_each_window_of_the_first_store_once(
-    domain_store: Path, chats: Path, weight: float
+def windows_of(blended: BlendedWindows, epoch: int) -> list[bytes]:
+    """The tokens of all windows of an epoch."""
+    samples = blended.epoch(epoch)
+    found = []
+    for index, length in enumerate(samples.lengths.tolist()):
+        tokens, mask = np.empty(length, dtype=np.int64), np.empty(length, dtype=bool)
+        samples.packable(index).write(tokens, mask)
+        found.append(tokens.tobytes())
+    return found
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (2.0,), (0.05,), (0.05, 0.05, 0.3), (0.01,)])
+def test_an_epoch_of_a_blend_has_each_window_of_the_first_store_once(
+    domain_store: Path, chats: Path, weights: tuple[float, ...]
 ) -> None:
     alone, _ = build_datasets(
         DataConfig(store=domain_store, window=DOMAIN_WINDOW, validation_fraction=0.25), seed=1
     )
-    mixed = blend(domain_store, chats, weight)
-    samples = [mixed.sample(n).tokens_T for n in range(len(mixed))]
-    assert [len(sample) for sample in samples] == mixed.lengths.tolist()
+    assert not isinstance(alone, BlendedWindows)
     of_alone = {alone.sample(n).tokens_T.tobytes() for n in range(len(alone))}
-    of_domain = [sample.tobytes() for sample in samples if sample.tobytes() in of_alone]
-    assert len(of_domain) == len(set(of_domain))
-    assert set(of_domain) == of_alone
-    assert len(samples) - len(of_domain) == pytest.approx(weight * len(of_domain), abs=1)
+    mixed = blend(domain_store, chats, *weights)
+    chat_windows: list[bytes] = []
+    for epoch in range(12):
+        windows = windows_of(mixed, epoch)
+        of_domain = [window for window in windows if window in of_alone]
+        assert len(of_domain) == len(set(of_domain)) == len(of_alone)
+        others = [window for window in windows if window not in of_alone]
+        assert len(others) == sum(max(1, round(weight * len(of_alone))) for weight in weights)
+        chat_windows += others
+    # Every chat comes, and equally often but for one time, however few an epoch has.
+    if len(weights) == 1:
+        counts = Counter(chat_windows)
+        assert len(counts) == 8 and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_a_blend_goes_on_at_another_data_parallel_size(domain_store: Path, chats: Path) -> None:

@@ -84,6 +84,10 @@ class SplitTrajectoryDataset(MegatronDataset):
     def __len__(self) -> int:
         return self.num_samples or len(self._places)
 
+    def epoch(self, number: int) -> SplitTrajectoryDataset:
+        """The samples of an epoch: all of them, in each."""
+        return self
+
     def packable(self, index: int) -> StoredWindow:
         """Window ``index``, counted on over the end."""
         place = int(self._places[index % len(self._places)])
@@ -101,31 +105,56 @@ class SplitTrajectoryDataset(MegatronDataset):
         return dict(vars(self.sample(idx)))
 
 
-class BlendedWindows:
-    """Windows of several stores in the order that Megatron blends them."""
+@dataclass(frozen=True)
+class BlendedEpoch:
+    """The windows of one epoch of a blend.
 
-    def __init__(self, blended: BlendedDataset) -> None:
-        self._blended = blended
-        lengths = [dataset.lengths for dataset in blended.datasets]
-        self.lengths = np.empty(len(blended), dtype=np.int64)
-        """Tokens of every window, int64."""
-        for number, of_source in enumerate(lengths):
-            places = blended.dataset_index == number
-            self.lengths[places] = of_source[blended.dataset_sample_index[places] % len(of_source)]
+    Attributes:
+        sources: the blended datasets.
+        source, window: of each: which of them, and which window there.
+        lengths: in tokens, int64.
+    """
+
+    sources: tuple[SplitTrajectoryDataset, ...]
+    source: np.ndarray
+    window: np.ndarray
+    lengths: np.ndarray
 
     def __len__(self) -> int:
-        return len(self._blended)
+        return len(self.lengths)
 
     def packable(self, index: int) -> StoredWindow:
-        """Window ``index`` of the blend."""
-        source = self._blended.datasets[self._blended.dataset_index[index]]
-        stored: StoredWindow = source.packable(int(self._blended.dataset_sample_index[index]))
-        return stored
+        """Window ``index`` of the epoch."""
+        return self.sources[self.source[index]].packable(int(self.window[index]))
 
-    def sample(self, index: int) -> TrainingSample:
-        """Tokens and loss mask of window ``index`` of the blend."""
-        stored = self.packable(index)
-        return stored.assembler.sample(stored.window, stored.blocks, stored.trajectory)
+
+class BlendedWindows:
+    """Windows of several stores: in each epoch all of the first, and of the others the next by their weights.
+
+    Megatron builds and blends the datasets by sample; which samples an epoch has is decided here, since its
+    blend has no epochs: it would bring the same part of a large store again and again.
+    """
+
+    def __init__(self, blended: BlendedDataset, weights: Sequence[float]) -> None:
+        self.sources = tuple(blended.datasets)
+        sizes = [len(source.lengths) for source in self.sources]
+        self._counts = [sizes[0], *(max(1, round(weight * sizes[0])) for weight in weights)]
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def epoch(self, number: int) -> BlendedEpoch:
+        """The windows of an epoch, from 0."""
+        windows = [
+            (number * count + np.arange(count)) % size for count, size in zip(self._counts, self._sizes)
+        ]
+        return BlendedEpoch(
+            self.sources,
+            np.repeat(np.arange(len(windows)), self._counts),
+            np.concatenate(windows),
+            np.concatenate([source.lengths[chosen] for source, chosen in zip(self.sources, windows)]),
+        )
 
 
 Windows = SplitTrajectoryDataset | BlendedWindows
@@ -138,26 +167,19 @@ def build_datasets(config: DataConfig, seed: int) -> tuple[Windows, Windows | No
         ValueError: a store cannot be read or has too few trajectories for the split, or nothing
             in it can be trained.
     """
-    read_headers(config)
-    stores = [TokenStore(store) for store in config.stores]
-    weights = None
-    sizes: Sequence[int | None] = (None, None, None)
-    if config.blend:
-        # An epoch has each window of the first store, whose weight is 1, once.
-        weights = [1.0, *(source.weight for source in config.blend)]
-        sizes = [round(size * sum(weights)) for size in _windows_of_first(config, stores[0])]
-    held_out = held_out_trajectories(config.store, config.validation_fraction, len(stores[0]))
+    headers = read_headers(config)
+    held_out = held_out_trajectories(config.store, config.validation_fraction, headers[0].trajectories)
     megatron_config = SplitTrajectoryDatasetConfig(
         random_seed=seed,
         sequence_length=config.row_length,
-        blend=([str(store) for store in config.stores], weights),
-        split=f"{len(stores[0]) - held_out},{held_out},0",
+        blend=([str(store) for store in config.stores], None),
+        split=f"{headers[0].trajectories - held_out},{held_out},0",
         window=config.window,
         window_key=config.window.model_dump_json(),
-        store_hashes=tuple(store.header.content_sha256 for store in stores),
+        store_hashes=tuple(header.content_sha256 for header in headers),
     )
     train, validation, _ = BlendedMegatronDatasetBuilder(
-        SplitTrajectoryDataset, sizes, lambda: True, megatron_config
+        SplitTrajectoryDataset, [None, None, None], lambda: True, megatron_config
     ).build()
     return _usable(train, "train", config), validation and _usable(validation, "validation", config)
 
@@ -170,13 +192,6 @@ def _usable(dataset: SplitTrajectoryDataset | BlendedDataset, name: str, config:
                 f"store {store}: no {name} trajectory has a trainable token under data.window; "
                 "`klong data split` tells why"
             )
-    return BlendedWindows(dataset) if isinstance(dataset, BlendedDataset) else dataset
-
-
-def _windows_of_first(config: DataConfig, store: TokenStore) -> tuple[int, int, int]:
-    """How many windows of the first store are trained on, held out, and left for tests: none."""
-    held_out = held_out_trajectories(config.store, config.validation_fraction, len(store))
-    split = split_store(store, window_rule(config.window, store.header), config.window)
-    owners = split.table.trajectory[split.table.trains]
-    training = int((owners < len(store) - held_out).sum())
-    return training, len(owners) - training, 0
+    if not isinstance(dataset, BlendedDataset):
+        return dataset
+    return BlendedWindows(dataset, [source.weight for source in config.blend])

@@ -34,12 +34,31 @@ class Packable(Protocol):
         ...
 
 
-class SampleSource(Protocol):
+class Samples(Protocol):
     """What can be packed."""
 
-    lengths: np.ndarray
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of each sample, in tokens, int64."""
+        ...
 
     def packable(self, index: int) -> Packable: ...
+
+
+class SampleSource(Protocol):
+    """Samples for epoch after epoch."""
+
+    def epoch(self, number: int) -> Samples:
+        """The samples of an epoch, from 0; the same each time it is asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch: its samples, and the indices of those in each row."""
+
+    samples: Samples
+    rows: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -118,37 +137,41 @@ class PackedRows:
         self.row_tokens = row_tokens
         self._seed = seed
         self._ends: list[int] = []
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])
+        self._plans: dict[int, _Epoch] = {}
 
     def row(self, position: int) -> PackedRow:
         """Row ``position`` of the whole run, counted from 0."""
-        samples = [self._source.packable(index) for index in self._indices(position).tolist()]
-        return fill_row(samples, self.row_tokens)
+        samples, indices = self._row(position)
+        return fill_row([samples.packable(index) for index in indices.tolist()], self.row_tokens)
 
     def cost(self, position: int) -> float:
         """Of the attention of a row: pairs of tokens that see each other."""
-        lengths = self._source.lengths[self._indices(position)].astype(np.float64)
-        return float((lengths**2).sum())
+        samples, indices = self._row(position)
+        return float((samples.lengths[indices].astype(np.float64) ** 2).sum())
 
-    def _indices(self, position: int) -> np.ndarray:
+    def _row(self, position: int) -> tuple[Samples, np.ndarray]:
         epoch = self.epoch(position)
         start = self._ends[epoch - 1] if epoch else 0
-        return self._epoch_plan(epoch)[position - start]
+        plan = self._plan(epoch)
+        return plan.samples, plan.rows[position - start]
 
     def epoch(self, position: int) -> int:
         """The epoch that a row belongs to, from 0."""
         while not self._ends or self._ends[-1] <= position:
             before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._epoch_plan(len(self._ends))))
+            self._ends.append(before + len(self._plan(len(self._ends)).rows))
         return int(np.searchsorted(self._ends, position, side="right"))
 
-    def _epoch_plan(self, epoch: int) -> list[np.ndarray]:
-        if self._plan[0] != epoch:
+    def _plan(self, epoch: int) -> _Epoch:
+        if epoch not in self._plans:
             seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
-            self._plan = (epoch, pack_rows(self._source.lengths, self.row_tokens, seed))
-        return self._plan[1]
+            samples = self._source.epoch(epoch)
+            plan = _Epoch(samples, pack_rows(samples.lengths, self.row_tokens, seed))
+            # A batch may lie in two epochs: both stay, and no other.
+            self._plans = {n: each for n, each in self._plans.items() if abs(n - epoch) == 1} | {epoch: plan}
+        return self._plans[epoch]
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of the first epoch; later ones differ by little."""
-        return len(self._epoch_plan(0))
+        return len(self._plan(0).rows)

@@ -57,7 +57,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, opening_tokens: int, dtype: str) -> None:
         self._folder = folder
-        self._building = folder.with_name(f".{folder.name}.unfinished")
+        self._building = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
         self._opening = opening_tokens
         self._dtype = np.dtype(dtype)
         self._tool_sets: dict[tuple[str, ...], int] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +20,7 @@ import numpy as np
 
 from megatron_klong.data.header import FORMAT_VERSION, StoreHeader
 from megatron_klong.data.shards import ShardWriter, join_shards, read_counts
+from megatron_klong.platform.lifetime import die_with_parent
 from megatron_klong.trajectory.importing import read_imported_lines
 from megatron_klong.trajectory.render import load_renderer
 
@@ -77,6 +80,7 @@ def tokenize(
             writes the same store.
     """
     rendering = load_renderer(renderer, tokenizer)
+    tokenizer = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
     try:
         seen = file.stat()
     except OSError as error:
@@ -101,9 +105,10 @@ def tokenize(
             progress()
         if not any(read_counts(shard).trajectories for shard in shards):
             raise ValueError(f"{file}: has no trajectories")
-        header = join_shards(shards, prefix, rendering, tokenizer / "tokenizer.json")
-        shutil.rmtree(folder)
-    return header
+        now = file.stat()
+        if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns):
+            raise ValueError(f"{file}: was changed while it was read; run this again")
+        return join_shards(shards, prefix, rendering, tokenizer)
 
 
 def _id_type(vocab_size: int) -> str:
@@ -115,32 +120,36 @@ def _id_type(vocab_size: int) -> str:
 
 @contextmanager
 def _building(prefix: Path, job: TokenizeJob) -> Iterator[Path]:
-    """The folder that shards are made in; with those of before, if they are of the same job."""
-    folder = prefix.with_name(f".{prefix.name}.building")
+    """The folder of a job's shards; those of other jobs for the same store are removed."""
+    root = prefix.with_name(f".{prefix.name}.building")
+    folder = root / hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:16]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = prefix.with_name(f".{prefix.name}.lock").open("w")
+        with _locked(root, prefix):
+            for other in root.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+            folder.mkdir(exist_ok=True)
+            yield folder
+            shutil.rmtree(root)
     except OSError as error:
         raise ValueError(f"store {prefix}: cannot be written: {error.strerror}") from error
-    with lock:
+
+
+@contextmanager
+def _locked(root: Path, prefix: Path) -> Iterator[None]:
+    """Make a folder, and hold it for this process."""
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if root.exists() and os.fstat(handle).st_ino == root.stat().st_ino:
+                yield
+                return
         except BlockingIOError:
             raise ValueError(f"store {prefix}: another process is writing it; wait for it") from None
-        try:
-            description = folder / "job.json"
-            wanted = json.dumps(asdict(job))
-            if not description.is_file() or description.read_text() != wanted:
-                shutil.rmtree(folder)
-                folder.mkdir()
-                description.write_text(wanted)
-            yield folder
-        except OSError as error:
-            raise ValueError(f"store {prefix}: cannot be written: {error.strerror}") from error
         finally:
-            Path(lock.name).unlink(missing_ok=True)
-            if folder.is_dir() and not any(folder.glob("shard-*")):
-                shutil.rmtree(folder)  # nothing to go on with
+            os.close(handle)  # of a folder that another one removed meanwhile: make it again
 
 
 def _rendered(job: TokenizeJob, folder: Path, missing: list[int], processes: int) -> Iterator[None]:
@@ -151,7 +160,8 @@ def _rendered(job: TokenizeJob, folder: Path, missing: list[int], processes: int
             yield
         return
     pool = ProcessPoolExecutor(
-        min(processes, len(missing)), mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread
+        min(processes, len(missing)), mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker, initargs=(os.getpid(),),
     )  # fmt: skip
     try:
         for shard in as_completed([pool.submit(_render_shard, job, folder, number) for number in missing]):
@@ -165,7 +175,8 @@ def _rendered(job: TokenizeJob, folder: Path, missing: list[int], processes: int
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _begin_worker(parent: int) -> None:
+    die_with_parent(parent, signal.SIGKILL)  # or it would write on into what the next run makes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
 
 

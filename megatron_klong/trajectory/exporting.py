@@ -56,11 +56,15 @@ def export_trajectories(
         return ExportReport(str(out), count, 1)
     if to == "openai":
         raise ValueError(f"--out {out}: name a .jsonl file")
+    used: set[str] = set()
     for trajectory in trajectories:
         count += 1
-        name = _UNSAFE.sub("_", trajectory.id)[:100] or "trajectory"
-        if name != trajectory.id:
-            name = f"{name}-{count}"  # another id may come to the same name
+        wanted = name = _UNSAFE.sub("_", trajectory.id)[:100] or "trajectory"
+        again = 1
+        while name.lower() in used:  # some file systems do not tell cases apart
+            again += 1
+            name = f"{wanted}-{again}"
+        used.add(name.lower())
         with written_when_complete(out / f"{name}.trajectory.json") as stream:
             stream.write(write(trajectory) + "\n")
         on_record()

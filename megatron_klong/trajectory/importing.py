@@ -135,11 +135,11 @@ def read_file(
 def _read(
     record: SourceRecord, reader: Reader, file: Path, name: str, seen: set[str]
 ) -> Trajectory | Refusal:
-    place = record.line if record.line is not None else record.record
+    place = ".".join(str(part) for part in (record.line, record.record) if part is not None)
     try:
         if record.problem is not None:
             raise record.problem
-        trajectory = check_draft(_draft(reader, record), name if place is None else f"{name}-{place}")
+        trajectory = check_draft(_draft(reader, record), f"{name}-{place}" if place else name)
         if trajectory.id in seen:
             raise FieldError("id", f"{trajectory.id!r} was used by an earlier record")
     except FieldError as error:
@@ -184,7 +184,9 @@ def read_imported_lines(file: Path, start: int, stop: int) -> Iterator[Trajector
         while (at := stream.tell()) < stop and (line := stream.readline()):
             if not line.strip():
                 continue
-            item = _read(json_line(line, None), READERS["openai"], file, _name(file), set())
+            item = _read(json_line(line, None), READERS["openai"], file, "", set())
+            if not isinstance(item, Refusal) and not item.id:
+                item = Refusal(str(file), None, None, "id", "is missing", "")
             if isinstance(item, Refusal):
                 found = replace(item, line=_line_number(file, at))
                 raise ValueError(f"{found}; run `klong data import` on this file first")

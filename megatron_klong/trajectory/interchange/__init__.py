@@ -34,6 +34,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
 """By the name that ``--format`` takes; of several that claim a file the first reads it."""
 
 _KEYS = 64
+_DEEPEST = 1000  # JSON of Python goes no deeper
 
 
 def reader_of(file: Path, name: str) -> Reader:
@@ -75,14 +76,16 @@ def _first_keys(file: Path) -> frozenset[str]:
                 if isinstance(value, dict):
                     return frozenset(value)
             return frozenset()
-        path = "item" if shape == "array" else ""
+        wanted = 2 if shape == "array" else 1
         keys: list[str] = []
+        depth = 0
         try:
-            for prefix, event, value in ijson.parse(stream, use_float=True):
-                if prefix == path and event == "map_key":
+            for event, value in ijson.basic_parse(stream, use_float=True):
+                depth += event.startswith("start_") - event.startswith("end_")
+                if depth == wanted and event == "map_key":
                     keys.append(value)
-                if len(keys) == _KEYS or (prefix == path and event == "end_map"):
+                if len(keys) == _KEYS or depth > _DEEPEST or (depth < wanted and event == "end_map"):
                     break
-        except (ijson.JSONError, UnicodeDecodeError, RecursionError):
+        except (ijson.JSONError, UnicodeDecodeError):
             pass  # what came before may be enough; its reader says what is wrong
         return frozenset(keys)

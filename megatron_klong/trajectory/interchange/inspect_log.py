@@ -7,9 +7,9 @@ conversation at every call, and the attachments.
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +39,13 @@ class _Call(Wire):
     _parse = field_validator("arguments", mode="before")(parse_arguments)
 
 
+class _Error(Wire):
+    message: str = ""
+
+
 class _Said(Wire):
     role: Role
+    error: _Error | None = None
     content: str | list[Any] = ""
     tool_calls: list[_Call] = []
     tool_call_id: str | list[str] | None = None
@@ -50,6 +55,7 @@ class _Sample(Wire):
     messages: list[dict[str, Any]] = Field(min_length=1)
     id: str | int
     epoch: int = 1
+    uuid: str | None = None
     attachments: dict[str, str] = {}
     events: list[Any] = []
     scores: dict[str, Any] = {}
@@ -57,6 +63,21 @@ class _Sample(Wire):
 
 class _Messages(Wire):
     messages: list[_Said]
+
+
+class _Eval(Wire):
+    task: str | None = None
+
+
+class _Header(Wire):
+    eval: _Eval = _Eval()
+
+
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, zstandard.ZstdError, EOFError, OSError, ValueError, RuntimeError,
+    NotImplementedError, struct.error,
+)  # fmt: skip
+"""What reading a zip raises where it is damaged, encrypted or packed in a way unknown here."""
 
 
 class InspectLog:
@@ -92,10 +113,16 @@ class InspectLog:
         )
         task = value["task"] or "sample"
         return Draft(
-            messages, id=f"{task}-{sample.id}-{sample.epoch}", task_id=f"{task}-{sample.id}",
+            messages, id=_sample_id(task, sample), task_id=f"{task}-{sample.id}",
             tools=_tools(sample.events), reward=_reward(sample.scores),
             metadata={**sample.unknown, "scores": sample.scores, "epoch": sample.epoch},
         )  # fmt: skip
+
+
+def _sample_id(task: str, sample: _Sample) -> str:
+    """Another log of the same task has other uuids; older logs have none."""
+    name = f"{task}-{sample.id}-{sample.epoch}"
+    return name if sample.uuid is None else f"{name}-{sample.uuid}"
 
 
 def _message(said: _Said, origin: str) -> Message:
@@ -106,11 +133,15 @@ def _message(said: _Said, origin: str) -> Message:
     except FieldError as error:
         raise FieldError(f"{origin}.content", error.reason) from error
     metadata = said.unknown
+    if said.error is not None:
+        metadata |= {"error": said.error.model_dump(exclude_unset=True), "content_beside_error": content}
     if reasoning:
         metadata["reasoning_parts"] = reasoning
     call_id = said.tool_call_id
     if isinstance(call_id, list):  # which calls a user's message goes with; it is not their result
         metadata["tool_call_ids"], call_id = call_id, None
+    if said.error is not None:  # this is what the model was told
+        content = f"Error: {said.error.message}"
     thoughts = [str(part.get("reasoning") or part.get("summary") or "") for part in reasoning]
     return Message(
         role=said.role,
@@ -139,10 +170,11 @@ def _tools(events: list[Any]) -> tuple[Json, ...]:
     """The tools of the first model event that has any, in OpenAI's form."""
     for event in events:
         if isinstance(event, dict) and event.get("event") == "model" and event.get("tools"):
+            tools = event["tools"] if isinstance(event["tools"], list) else []
             return tuple(
                 {"type": "function", "function": {key: tool.get(key) for key in
                                                   ("name", "description", "parameters") if key in tool}}
-                for tool in event["tools"] if isinstance(tool, dict)
+                for tool in tools if isinstance(tool, dict)
             )  # fmt: skip
     return ()
 
@@ -172,12 +204,12 @@ def _zipped(file: Path) -> Iterator[SourceRecord]:
             task = None
             for start in ("header.json", "_journal/start.json"):
                 if start in names:
-                    task = json.loads(_member(archive, stream, start)).get("eval", {}).get("task")
+                    task = _Header.model_validate(parse_json(_member(archive, stream, start))).eval.task
                     break
             for name in sorted(names):
                 if name.startswith("samples/") and name.endswith(".json") and name.count("/") == 1:
                     yield _read_member(archive, stream, name, task)
-    except (zipfile.BadZipFile, ValueError) as error:
+    except _DAMAGED as error:
         yield SourceRecord(None, None, None, FieldError("", f"a damaged archive: {error}"), b"")
 
 
@@ -188,7 +220,7 @@ def _read_member(archive: zipfile.ZipFile, stream: BinaryIO, name: str, task: st
         return SourceRecord(None, name, {"task": task, "sample": parse_json(content)})
     except FieldError as error:
         return SourceRecord(None, name, None, error, content)
-    except (zipfile.BadZipFile, zstandard.ZstdError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         return SourceRecord(None, name, None, FieldError("", f"a damaged member: {error}"), b"")
 
 

@@ -39,7 +39,8 @@ class MiniSweAgent:
     describes = "mini-swe-agent .traj.json"
 
     def claims(self, keys: frozenset[str]) -> bool:
-        return {"trajectory_format", "messages"} <= keys or {"info", "messages"} <= keys
+        old = {"info", "messages"} <= keys and not keys & {"id", "reward", "task_id", "tools"}
+        return {"trajectory_format", "messages"} <= keys or old
 
     def records(self, file: Path) -> Iterator[SourceRecord]:
         return read_records(file)
@@ -54,7 +55,6 @@ class MiniSweAgent:
             messages[number] = _ended(messages, number)
         return Draft(
             tuple(messages),
-            id=record.instance_id,
             task_id=record.instance_id,
             metadata={**record.unknown, "info": record.info},
         )

@@ -2,7 +2,8 @@
 
 An assistant's message is what the model answered (``tool_call_metadata.model_response``); actions of one
 answer share its id and become one message. An observation is the result of the call that its
-``tool_call_metadata`` or its ``cause`` names. Events that no model sees are kept in ``metadata.events``.
+``tool_call_metadata`` or its ``cause`` names; what a recall brings is a user's message. Events that no model
+sees are kept in ``metadata.events``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_klong.trajectory.schema import Json, Message, ToolCall
 
 _UNSEEN_ACTIONS = ("recall", "null", "change_agent_state", "condensation", "condensation_request",
                    "loop_recovery")  # fmt: skip
-_UNSEEN_OBSERVATIONS = ("recall", "null", "agent_state_changed", "loop_detection")
+_UNSEEN_OBSERVATIONS = ("null", "agent_state_changed", "loop_detection")
 
 
 class _Choice(Wire):
@@ -106,7 +107,7 @@ class OpenHandsV0:
                 _act(made, event, raw, origin)
         metadata = {**record.unknown, **({"events": made.events} if made.events else {})}
         return Draft(
-            tuple(made.messages), id=record.instance_id, tools=tuple(made.tools), task_id=record.instance_id,
+            tuple(made.messages), tools=tuple(made.tools), task_id=record.instance_id,
             metadata=metadata, origins=tuple(made.origins),
         )  # fmt: skip
 
@@ -133,7 +134,10 @@ def _act(made: _Conversation, event: _Event, raw: Json, origin: str) -> None:
     text = text if isinstance(text, str) else event.message
     match event.action, event.source:
         case "system", _:
-            made.tools += [tool for tool in event.args.get("tools") or [] if isinstance(tool, dict)]
+            tools = event.args.get("tools")
+            made.tools += (
+                [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+            )
             made.say(Message("system", text, metadata={"action": _without(raw, "message")}), origin)
         case "message", "agent":
             made.say(Message("assistant", text, metadata={"action": raw}), origin)
@@ -161,7 +165,23 @@ def _observe(made: _Conversation, event: _Event, raw: Json, origin: str) -> None
     metadata = {"observation": _without(raw, "content", "tool_call_metadata")}
     role = "user" if call_id is None else "tool"
     text = event.content if event.content is not None else event.message
+    if event.observation == "recall":
+        text = _recalled(raw, text)
     made.say(Message(role, text or "", tool_call_id=call_id, metadata=metadata), origin)  # type: ignore[arg-type]
+
+
+def _recalled(raw: Json, text: str | None) -> str:
+    """What a recall brings before the model: instructions and knowledge of the repository, in its extras."""
+    extras = raw.get("extras")
+    extras = extras if isinstance(extras, dict) else {}
+    knowledge = extras.get("microagent_knowledge")
+    found = [extras.get("repo_instructions"), extras.get("additional_agent_instructions")]
+    found += (
+        [each.get("content") for each in knowledge if isinstance(each, dict)]
+        if isinstance(knowledge, list)
+        else []
+    )
+    return "\n\n".join(each for each in (text, *found) if isinstance(each, str) and each)
 
 
 def _with(message: Message, metadata: Json) -> Message:

@@ -101,7 +101,7 @@ class OpenHandsV1:
         events = []
         for record in read_records(file):
             if record.problem is not None:
-                yield record
+                yield replace(record, text=file.read_bytes())
                 return
             events.append(record.value)
         yield SourceRecord(None, None, events)

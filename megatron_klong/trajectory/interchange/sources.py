@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import ijson
 
 from megatron_klong.trajectory.interchange.refusal import FieldError
 
-_HEAD = 1 << 16
+_LONGEST_LINE = 1 << 28
+"""A first line that is longer is taken for a document on one line."""
+
 _LINES = (".jsonl", ".ndjson")
 
 
@@ -37,9 +40,12 @@ class SourceRecord:
     @property
     def raw(self) -> str:
         """As it was, undecodable bytes escaped."""
-        if self.text is None:
-            return json.dumps(self.value, ensure_ascii=False, default=str)
-        return self.text.decode("utf-8", "backslashreplace").rstrip("\n")
+        if self.text is not None:
+            return self.text.decode("utf-8", "backslashreplace").rstrip("\n")
+        try:
+            return json.dumps(self.value, default=str)  # in ASCII: half a surrogate pair can be written too
+        except (ValueError, RecursionError):
+            return reprlib.repr(self.value)  # nested too deeply to be written
 
 
 def read_records(file: Path) -> Iterator[SourceRecord]:
@@ -60,19 +66,20 @@ def read_records(file: Path) -> Iterator[SourceRecord]:
 
 def shape_of(file: Path, stream: BinaryIO) -> str:
     """``lines``, ``array`` or ``document``; the stream stands at its beginning before and after."""
-    head = stream.read(_HEAD)
-    stream.seek(0)
     if file.suffix in _LINES:
         return "lines"
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if begins.startswith(b"["):
+    first = b""
+    while not first.strip() and (line := stream.readline(_LONGEST_LINE)):
+        first = line.removeprefix(b"\xef\xbb\xbf")
+    more = any(line.strip() for line in iter(lambda: stream.readline(_LONGEST_LINE), b""))
+    stream.seek(0)
+    if first.lstrip().startswith(b"["):
         return "array"
-    first, _, rest = begins.partition(b"\n")
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "document"
-    return "lines" if rest.strip() else "document"
+    return "lines" if more else "document"
 
 
 def json_lines(stream: BinaryIO) -> Iterator[SourceRecord]:
