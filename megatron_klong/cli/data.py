@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from megatron_klong.cli.shared import AsJson, Renderer, byte_bar, counter, print
 from megatron_klong.config import WindowConfig, validate_config
 
 FORMATS = "openai, sharegpt, atif, swe-agent, mini-swe-agent, openhands-v0, openhands-v1, inspect, tau-bench"
+
+if TYPE_CHECKING:
+    from megatron_klong.data.check import StoreCheck
 
 app = typer.Typer(help="Trajectories in, windows out.", no_args_is_help=True)
 
@@ -226,28 +229,7 @@ def check(
     if as_json:
         print_json(found)
         raise typer.Exit(int(bool(found.problems)))
-    print(f"{found.trajectories:,} trajectories, {found.turns:,} turns, {found.tokens:,} tokens")
-    for kind, count in found.kinds.items():
-        print(f"  {kind:<10} {count.tokens:>14,} tokens {count.trained:>14,} with loss")
-    for name, quantiles in (("actions", found.action_quantiles), ("answers", found.answer_quantiles)):
-        print(f"tokens of {name}: " + ", ".join(
-            f"{q} {size:,}" for q, size in zip(("median", "90%", "99%", "longest"), quantiles)))  # fmt: skip
-    for turn in found.longest:
-        print(
-            f"  long: {turn.trajectory} turn {turn.turn}: action {turn.action_tokens:,}, answer "
-            f"{turn.answer_tokens:,}"
-        )
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in found.untrained.by_reason.items())
-    print(
-        f"never trained on: {found.untrained.share:.2%} of {found.untrained.assistant_tokens:,} assistant "
-        f"tokens ({reasons})"
-    )
-    print(
-        f"duplicates: {found.duplicate_trajectories} trajectories repeat another; {found.same_start} share "
-        "their initial messages with another"
-    )
-    for ids in found.duplicates:
-        print(f"  the same: {', '.join(ids)}")
+    _print_check(found)
     if samples and not found.problems:
         renderer = opened.renderer()
         for number in range(0, len(opened), max(1, len(opened) // samples)):
@@ -299,6 +281,31 @@ def show(
             print(f"  {span.kind:<8} {turn:<9} {where:<16} {span.length:>6} tokens {loss}  {span.text}")
     for number, reason in view.not_trained.items():
         print(f"turn {number} is not trained: {reason}")
+
+
+def _print_check(found: StoreCheck) -> None:
+    print(f"{found.trajectories:,} trajectories, {found.turns:,} turns, {found.tokens:,} tokens")
+    for kind, count in found.kinds.items():
+        print(f"  {kind:<10} {count.tokens:>14,} tokens {count.trained:>14,} with loss")
+    for name, quantiles in (("actions", found.action_quantiles), ("answers", found.answer_quantiles)):
+        print(f"tokens of {name}: " + ", ".join(
+            f"{q} {size:,}" for q, size in zip(("median", "90%", "99%", "longest"), quantiles)))  # fmt: skip
+    for turn in found.longest:
+        print(
+            f"  long: {turn.trajectory} turn {turn.turn}: action {turn.action_tokens:,}, answer "
+            f"{turn.answer_tokens:,}"
+        )
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in found.untrained.by_reason.items())
+    print(
+        f"never trained on: {found.untrained.share:.2%} of {found.untrained.assistant_tokens:,} assistant "
+        f"tokens ({reasons})"
+    )
+    print(
+        f"duplicates: {found.duplicate_trajectories} trajectories repeat another; {found.same_start} share "
+        "their initial messages with another"
+    )
+    for ids in found.duplicates:
+        print(f"  the same: {', '.join(ids)}")
 
 
 def _window(
