@@ -129,7 +129,12 @@ def _building(prefix: Path, job: TokenizeJob) -> Iterator[Path]:
                 if other != folder:
                     shutil.rmtree(other)
             folder.mkdir(exist_ok=True)
-            yield folder
+            try:
+                yield folder
+            except BaseException:
+                if not any(folder.glob("shard-*")):
+                    shutil.rmtree(root)  # nothing to go on with
+                raise
             shutil.rmtree(root)
     except OSError as error:
         raise ValueError(f"store {prefix}: cannot be written: {error.strerror}") from error
