@@ -164,7 +164,7 @@ def split(
     """Cut a store into windows and account for every assistant token. Writes nothing.
 
     Example: klong data split store/agent --max-tokens 32768 --overlap 4096
-    --reserve-generation 4096 --reserve-observation 8192
+    --reserve-generation 4096 --reserve-observation 4096
     """
     quiet()
     from megatron_klong.data.report import split_report
@@ -257,7 +257,7 @@ def show(
     """Lay one trajectory's windows open: spans with their text, and with --json token ids and loss mask.
 
     Example: klong data show store/agent django-13964 --max-tokens 32768 --overlap 4096
-    --reserve-generation 4096 --reserve-observation 8192 --json
+    --reserve-generation 4096 --reserve-observation 4096 --json
     """
     quiet()
     from megatron_klong.data.show import show_trajectory
