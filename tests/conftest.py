@@ -11,7 +11,6 @@ from megatron_klong.platform import quiet_imports
 from megatron_klong.trajectory.formats import FORMATS
 from megatron_klong.trajectory.importing import import_trajectories, read_imported
 from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
-from tests import real_data
 from tests.ranks import RankPool
 
 quiet_imports()
@@ -55,14 +54,12 @@ def domain_store(domain: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def real_store(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Both real files imported and tokenized: (imported file, store prefix)."""
+    """Long runs of one user message, and chats of several, tokenized: (imported file, store prefix)."""
     from megatron_klong.data.tokenize import tokenize
 
     folder = tmp_path_factory.mktemp("real")
-    files = [
-        real_data.mini_swe_agent(shared_data, folder / "mini.jsonl"),
-        real_data.tau_bench(shared_data, folder / "tau.jsonl"),
-    ]
+    kinds = ("mini-swe-agent/*.json", "tau-bench/*.json")
+    files = [file for kind in kinds for file in sorted((shared_data / "trajectories").glob(kind))]
     report = import_trajectories(files, folder / "all.jsonl")
     assert (report.read, report.refused) == (202, 0)
     chat_format = FORMATS["glm-4.5"]

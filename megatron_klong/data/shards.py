@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
@@ -198,14 +199,14 @@ def _publish(building: Path, prefix: Path) -> None:
         os.replace(part(building, suffix), part(prefix, suffix))
 
 
-def _copied(files: Sequence[Path], target: object) -> bytes:
+def _copied(files: Sequence[Path], target: IO[bytes]) -> bytes:
     """Append files to a stream; the hash of what was copied."""
     seen = hashlib.sha256()
     for file in files:
         with file.open("rb") as source:
             while piece := source.read(_COPIED):
                 seen.update(piece)
-                target.write(piece)  # type: ignore[attr-defined]
+                target.write(piece)
     return seen.digest()
 
 

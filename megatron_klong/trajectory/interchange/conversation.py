@@ -32,6 +32,30 @@ class Draft:
         return self.origins[number] if self.origins else f"messages.{number}"
 
 
+@dataclass
+class EventConversation:
+    """What has been made so far of a harness's list of events; for formats that have no list of messages."""
+
+    messages: list[Message] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    tools: list[Json] = field(default_factory=list)
+    unseen: list[Json] = field(default_factory=list)
+    """Events that no model sees."""
+
+    def say(self, message: Message, origin: str) -> None:
+        """The next message, and where it stands in the record."""
+        self.messages.append(message)
+        self.origins.append(origin)
+
+    def draft(self, *, task_id: str | None = None, metadata: Json) -> Draft:
+        """All of it; the unseen events are kept in ``metadata.events``."""
+        unseen = {"events": self.unseen} if self.unseen else {}
+        return Draft(
+            tuple(self.messages), tools=tuple(self.tools), task_id=task_id, metadata={**metadata, **unseen},
+            origins=tuple(self.origins),
+        )  # fmt: skip
+
+
 def check_draft(draft: Draft, default_id: str) -> Trajectory:
     """The trajectory, if it is a conversation that can be trained on.
 

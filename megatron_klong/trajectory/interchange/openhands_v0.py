@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_klong.trajectory.interchange.conversation import Draft
+from megatron_klong.trajectory.interchange.conversation import Draft, EventConversation
 from megatron_klong.trajectory.interchange.openai_chat import OpenAIMessage, to_message
 from megatron_klong.trajectory.interchange.sources import SourceRecord, read_records
 from megatron_klong.trajectory.interchange.wire import Wire
@@ -63,19 +63,9 @@ class _Events(Wire):
 
 
 @dataclass
-class _Conversation:
-    """What was made of the events so far."""
-
-    messages: list[Message] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
-    tools: list[Json] = field(default_factory=list)
-    events: list[Json] = field(default_factory=list)
+class _Conversation(EventConversation):
     calls: dict[int, str] = field(default_factory=dict)
     """By event id of an action: the id of its call."""
-
-    def say(self, message: Message, origin: str) -> None:
-        self.messages.append(message)
-        self.origins.append(origin)
 
 
 class OpenHandsV0:
@@ -100,16 +90,12 @@ class OpenHandsV0:
             if event.observation is not None:
                 _observe(made, event, raw, origin)
             elif event.action in _UNSEEN_ACTIONS or event.action is None:
-                made.events.append(raw)
+                made.unseen.append(raw)
             elif event.tool_call_metadata is not None and event.tool_call_metadata.model_response is not None:
                 _answer(made, answers, event, raw, origin)
             else:
                 _act(made, event, raw, origin)
-        metadata = {**record.unknown, **({"events": made.events} if made.events else {})}
-        return Draft(
-            tuple(made.messages), tools=tuple(made.tools), task_id=record.instance_id,
-            metadata=metadata, origins=tuple(made.origins),
-        )  # fmt: skip
+        return made.draft(task_id=record.instance_id, metadata=record.unknown)
 
 
 def _answer(made: _Conversation, answers: dict[str, int], event: _Event, raw: Json, origin: str) -> None:
@@ -160,7 +146,7 @@ def _observe(made: _Conversation, event: _Event, raw: Json, origin: str) -> None
     if call_id is None and event.cause is not None:
         call_id = made.calls.get(event.cause)
     if call_id is None and event.observation in _UNSEEN_OBSERVATIONS:
-        made.events.append(raw)
+        made.unseen.append(raw)
         return
     metadata = {"observation": _without(raw, "content", "tool_call_metadata")}
     role = "user" if call_id is None else "tool"

@@ -8,13 +8,13 @@ kept in ``metadata.events``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from megatron_klong.trajectory.interchange.conversation import Draft
+from megatron_klong.trajectory.interchange.conversation import Draft, EventConversation
 from megatron_klong.trajectory.interchange.sources import SourceRecord, read_records
 from megatron_klong.trajectory.interchange.wire import Wire, join_text, parse_arguments
 from megatron_klong.trajectory.schema import Json, Message, Role, ToolCall
@@ -73,17 +73,12 @@ class _Record(Wire):
 
 
 @dataclass
-class _Conversation:
-    messages: list[Message] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
-    tools: list[Json] = field(default_factory=list)
-    events: list[Json] = field(default_factory=list)
+class _Conversation(EventConversation):
     response: str | None = None
     """The model's answer that the last message is of."""
 
     def say(self, message: Message, origin: str, response: str | None = None) -> None:
-        self.messages.append(message)
-        self.origins.append(origin)
+        super().say(message, origin)
         self.response = response
 
 
@@ -112,10 +107,7 @@ class OpenHandsV1:
         made = _Conversation()
         for number, (event, raw) in enumerate(zip(record.events, events)):
             _take(made, event, raw, f"events.{number}")
-        metadata: Json = {"events": made.events} if made.events else {}
-        return Draft(
-            tuple(made.messages), tools=tuple(made.tools), metadata=metadata, origins=tuple(made.origins)
-        )
+        return made.draft(metadata={})
 
 
 def _take(made: _Conversation, event: _Event, raw: Json, origin: str) -> None:
@@ -135,7 +127,7 @@ def _take(made: _Conversation, event: _Event, raw: Json, origin: str) -> None:
         case "ObservationEvent" | "AgentErrorEvent" | "UserRejectObservation":
             _observe(made, event, metadata, origin)
         case _:
-            made.events.append(raw)
+            made.unseen.append(raw)
 
 
 def _act(made: _Conversation, event: _Event, metadata: Json, origin: str) -> None:
