@@ -225,18 +225,28 @@ def test_a_cache_that_is_held_says_so_in_a_200_and_ours_insists(server: VllmServ
     version = fleet.versions()[0]
 
     async def ask() -> None:
-        async with TokenClient(server.url) as client:
-            task = asyncio.create_task(client.generate(prompts()[3], Sampling(max_tokens=190), version))
-            await asyncio.sleep(0.3)
-            async with httpx.AsyncClient(base_url=server.url) as control:
-                await control.post("/pause?mode=keep&clear_cache=false")
-                answer = await control.post("/reset_prefix_cache")
-                assert (answer.status_code, answer.json()) == (200, {"success": False})
-                await asyncio.to_thread(fleet.reset_prefix_cache)
-                await control.post("/resume")
-            assert len((await task).token_ids) == 190
+        async with TokenClient(server.url) as client, httpx.AsyncClient(base_url=server.url) as control:
+            # One is too fast to be caught in the middle by surely; eight are at work for a second or more.
+            asked = [client.generate(prompts()[3], Sampling(max_tokens=190), version) for _ in range(8)]
+            tasks = [asyncio.create_task(one) for one in asked]
+            while not await running(control):
+                assert not any(task.done() for task in tasks)
+            await control.post("/pause?mode=keep&clear_cache=false")
+            answer = await control.post("/reset_prefix_cache")
+            assert (answer.status_code, answer.json()) == (200, {"success": False})
+            await asyncio.to_thread(fleet.reset_prefix_cache)
+            await control.post("/resume")
+            assert [len(answer.token_ids) for answer in await asyncio.gather(*tasks)] == [190] * 8
 
     asyncio.run(ask())
+
+
+async def running(control: httpx.AsyncClient) -> bool:
+    """Whether the server generates something at this moment."""
+    metrics = (await control.get("/metrics")).text
+    counts = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert counts, "the server reports no running requests"
+    return any(float(count) > 0 for count in counts)
 
 
 def test_a_chunk_of_an_earlier_sync_is_refused(fleet: Fleet, server: VllmServer) -> None:
