@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ import numpy as np
 from megatron_klong.data.header import FORMAT_VERSION, StoreHeader
 from megatron_klong.data.shards import ShardWriter, join_shards, read_counts
 from megatron_klong.platform.lifetime import die_with_parent
+from megatron_klong.trajectory.encoder import SlowEncoder
 from megatron_klong.trajectory.importing import read_imported_lines
-from megatron_klong.trajectory.render import load_renderer
+from megatron_klong.trajectory.render import RenderedTrajectory, load_renderer
+from megatron_klong.trajectory.schema import Trajectory
 
 SHARD_BYTES = 32 << 20
 """Of the input, in one shard; a trajectory belongs where its line begins."""
@@ -182,7 +185,9 @@ def _rendered(job: TokenizeJob, folder: Path, missing: list[int], processes: int
 
 def _begin_worker(parent: int) -> None:
     die_with_parent(parent, signal.SIGKILL)  # or it would write on into what the next run makes
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
+    # The processes are what runs in parallel.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
 
 
 def _render_shard(job: TokenizeJob, folder: Path, number: int) -> None:
@@ -191,5 +196,18 @@ def _render_shard(job: TokenizeJob, folder: Path, number: int) -> None:
     start = number * job.shard_bytes
     opening = len(renderer.opening_ids)
     with ShardWriter(folder / f"shard-{number:06d}", opening, job.dtype) as writer:
-        for trajectory in read_imported_lines(Path(job.file), start, start + job.shard_bytes):
-            writer.add(trajectory, renderer.render(trajectory))
+        lines = read_imported_lines(Path(job.file), start, start + job.shard_bytes)
+        for place, trajectory in enumerate(lines):
+            rendered = renderer.render(trajectory)
+            if place == 0:
+                _compare(job, trajectory, rendered)
+            writer.add(trajectory, rendered)
+
+
+def _compare(job: TokenizeJob, trajectory: Trajectory, rendered: RenderedTrajectory) -> None:
+    """One trajectory of every shard is rendered by the reference too: other ids would be silent and dear."""
+    if load_renderer(job.renderer, Path(job.tokenizer), SlowEncoder).render(trajectory) != rendered:
+        raise ValueError(
+            f"tokenizer {job.tokenizer}: fastokens {version('fastokens')} gives other ids than tokenizers in "
+            f"trajectory {trajectory.id!r}; uninstall fastokens"
+        )

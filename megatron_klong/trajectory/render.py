@@ -12,16 +12,17 @@ answer block is rendered without its first token where that token is the action'
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from megatron_klong.trajectory.encoder import TextEncoder, text_encoder
 from megatron_klong.trajectory.schema import (
     Json,
     Message,
@@ -181,14 +182,20 @@ class RenderedTrajectory:
 class Renderer:
     """A chat format with a tokenizer."""
 
-    def __init__(self, chat_format: ChatFormat, tokenizer: Tokenizer, fingerprint: str) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        tokenizer: Tokenizer,
+        fingerprint: str,
+        make_encoder: Callable[[Tokenizer], TextEncoder] = text_encoder,
+    ) -> None:
         """Raises ValueError where the tokenizer lacks a control token of the format."""
         self.format = chat_format
         self.fingerprint = fingerprint
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer = tokenizer
         # Control tokens come in by id only; their spelling inside content is ordinary text.
-        tokenizer.encode_special_tokens = True
+        self._encoder = make_encoder(tokenizer)
         self._control_ids = {token: self._control_id(token) for token in chat_format.controls}
         self.opening_ids = self.encode(chat_format.opening())
         self.stop_ids = tuple(self._control_ids[token] for token in chat_format.stops)
@@ -226,12 +233,15 @@ class Renderer:
     def _encode_texts(self, texts: Sequence[Text]) -> tuple[list[int], bytes]:
         if not texts:
             return [], b""
-        encoding = self._tokenizer.encode("".join(text.text for text in texts), add_special_tokens=False)
+        whole = "".join(text.text for text in texts)
         if len({text.kind for text in texts}) == 1:
-            return encoding.ids, bytes([texts[0].kind]) * len(encoding.ids)
-        ends = list(accumulate(len(text.text) for text in texts))
-        places = (min(bisect_right(ends, start), len(texts) - 1) for start, _ in encoding.offsets)
-        return encoding.ids, bytes(texts[place].kind for place in places)
+            ids = self._encoder.encode(whole).tolist()
+            return ids, bytes([texts[0].kind]) * len(ids)
+        encoded, starts = self._encoder.encode_with_starts(whole)
+        ends = np.cumsum([len(text.text.encode()) for text in texts])
+        places = np.minimum(np.searchsorted(ends, starts, side="right"), len(texts) - 1)
+        kinds = np.array([text.kind for text in texts], dtype=np.uint8)
+        return encoded.tolist(), kinds[places].tobytes()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids with control tokens spelled out, for people."""
@@ -281,7 +291,9 @@ class Renderer:
         return self.format.parse(text, tools)
 
 
-def load_renderer(name: str, tokenizer: Path) -> Renderer:
+def load_renderer(
+    name: str, tokenizer: Path, make_encoder: Callable[[Tokenizer], TextEncoder] = text_encoder
+) -> Renderer:
     """The renderer of a family with a ``tokenizer.json``, or that of a folder.
 
     Raises:
@@ -297,4 +309,4 @@ def load_renderer(name: str, tokenizer: Path) -> Renderer:
         loaded = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any malformed file
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from error
-    return Renderer(family, loaded, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Renderer(family, loaded, hashlib.sha256(file.read_bytes()).hexdigest(), make_encoder)
