@@ -19,7 +19,6 @@ import psutil
 
 from megatron_klong.config import ParallelConfig
 
-POOL_SIZE = 4
 CALL_SECONDS = 240
 CALLS = 12
 """Calls until the ranks are started anew: gloo keeps the threads of a process group that is no more,
@@ -43,7 +42,7 @@ class RankPool:
         if self._calls == CALLS:
             self.close()
         self._calls += 1
-        self._start()
+        self._start(world_size)
         with tempfile.TemporaryDirectory() as folder:
             meeting = f"file://{folder}/rendezvous"
             used = self._ranks[:world_size]
@@ -69,9 +68,9 @@ class RankPool:
                     child.kill()
         self._ranks, self._calls = [], 0
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        while len(self._ranks) < POOL_SIZE:
+        while len(self._ranks) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()

@@ -14,7 +14,8 @@ from transformers import Glm4MoeForCausalLM
 from megatron_klong.config import ParallelConfig, SftConfig, TrainerSettings
 from megatron_klong.data.rows import PackedRow, fill_row
 from megatron_klong.data.windows import TrainingSample
-from megatron_klong.model.hf_config import Glm4MoeConfig, parse_hf_config
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.hf_config import parse_hf_config
 
 ROW_TOKENS = 64
 
@@ -54,7 +55,7 @@ def reference_model() -> Glm4MoeForCausalLM:
     return model
 
 
-def hf_config() -> Glm4MoeConfig:
+def hf_config() -> DecoderConfig:
     return parse_hf_config({**ReferenceConfig(**SHAPE).to_diff_dict(), "model_type": "glm4_moe"}, "tests")
 
 

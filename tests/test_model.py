@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_klong.config import ParallelConfig
-from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config, parse_hf_config
+from megatron_klong.config import ParallelConfig, preset_file, preset_names
+from megatron_klong.model.hf_config import load_hf_config, parse_hf_config
 from megatron_klong.model.layout import check_layout
 from megatron_klong.model.weight_map import weight_rules
-from megatron_klong.model.weights import parameter_count, rank_tensors
+from megatron_klong.model.weights import parameter_counts, rank_tensors
 from megatron_klong.platform import Platform
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, forward_backward, train_step
@@ -23,6 +24,7 @@ from tests.ranks import RankPool
 
 ONE = ParallelConfig()
 LAYOUTS = [
+    (ParallelConfig(tensor=2), 2),
     (ParallelConfig(tensor=2, expert=2), 2),
     (ParallelConfig(tensor=2, expert=2), 4),
     (ParallelConfig(pipeline=2), 2),
@@ -31,6 +33,8 @@ LAYOUTS = [
     (ParallelConfig(tensor=2, pipeline=2, expert=2), 4),
     (ParallelConfig(tensor=2, expert=4), 4),
     (ParallelConfig(pipeline=4), 4),
+    (ParallelConfig(context=2), 2),
+    (ParallelConfig(context=2, tensor=2, expert=2), 4),
 ]
 
 
@@ -70,7 +74,7 @@ def test_loss_and_gradients_equal_transformers(ranks: RankPool, weights: Path) -
         error = float((ours - parameter.grad).norm() / parameter.grad.norm())
         assert error < 1e-5, f"{name}: {error:.1e}"
         checked += ours.numel()
-    assert checked == parameter_count(reference.hf_config())
+    assert checked == parameter_counts(reference.hf_config()).total
 
 
 def _fused(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -108,7 +112,7 @@ def one_rank(ranks: RankPool, weights: Path) -> list[tuple[float, float, int]]:
 
 @pytest.mark.parametrize(
     ("parallel", "world"), LAYOUTS, ids=lambda value: str(value) if isinstance(value, int) else
-    f"TP{value.tensor}PP{value.pipeline}EP{value.expert}",
+    f"TP{value.tensor}CP{value.context}PP{value.pipeline}EP{value.expert}",
 )  # fmt: skip
 def test_every_layout_equals_one_rank(
     ranks: RankPool, weights: Path, one_rank: list[tuple[float, float, int]],
@@ -214,24 +218,40 @@ def test_a_missing_tensor_is_named(ranks: RankPool, weights: Path, tmp_path: Pat
         ranks.run(few_steps, ONE, 1, parallel=ONE, folder=tmp_path)
 
 
-def test_parameter_count_of_glm_45_air() -> None:
-    """The shape of the design, section 4; the figure was counted on transformers' implementation."""
-    air = Glm4MoeConfig(attention_bias=True, num_nextn_predict_layers=0)
-    assert parameter_count(air) == 106_852_245_504
+def test_parameters_of_glm_45_air() -> None:
+    """The shape of the design, section 4; the figures were counted on transformers' implementation."""
+    counts = parameter_counts(load_hf_config(preset_file("glm-4.5-air")))
+    assert counts.total == 106_852_245_504
+    assert counts.active == 13_424_123_904
+    assert counts.prediction == 2_375_059_456
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parameters_of_presets_equal_transformers(name: str) -> None:
+    config = AutoConfig.from_pretrained(preset_file(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ours = load_hf_config(preset_file(name))
+    counts = parameter_counts(ours)
+    assert counts.total == sum(tensor.numel() for tensor in model.parameters())
+    experts = sum(tensor.numel() for key, tensor in model.named_parameters() if ".mlp.experts." in key)
+    idle = experts * (1 - config.num_experts_per_tok / ours.moe.experts) if ours.moe else 0
+    assert counts.active == counts.total - idle
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"use_qk_norm": True}, "use_qk_norm=True is not implemented; only False is"),
+        ({"model_type": "llama"}, "model_type is 'llama'; known are 'glm4_moe', 'qwen3_moe', 'qwen3'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; only 'silu' is"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False is not implemented; only True is"),
+        ({"tie_word_embeddings": True, "num_nextn_predict_layers": 1}, "prediction layers with tie_word"),
         ({"n_group": 4}, "n_group=4 is not implemented"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* is not implemented"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not implemented"),
         ({"sliding_window": 4}, "field 'sliding_window' is not known"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 must be from 2 to n_routed_experts=8"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 must be from 2 to the 8 experts"),
         ({"num_key_value_heads": 3}, "num_attention_heads=8 is no multiple of num_key_value_heads=3"),
-        ({"num_nextn_predict_layers": 1}, "multi-token prediction layers are not trained yet; set it to 0"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 must be 0"),
         ({"vocab_size": "320"}, "vocab_size='320' must be an integer of at least 1"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be an integer of at least 1"),
@@ -252,12 +272,9 @@ def test_configs_that_are_not_implemented_are_refused(change: dict[str, object],
     ("parallel", "message"),
     [
         (ParallelConfig(tensor=8), "parallel.tensor=8 does not divide the model's num_key_value_heads=4"),
+        (ParallelConfig(tensor=4, expert=16), "parallel.expert=16 does not divide the model's number of exp"),
         (ParallelConfig(pipeline=3), "parallel.pipeline=3 does not divide the model's num_hidden_layers=4"),
-        (
-            ParallelConfig(tensor=2),
-            "parallel.tensor=2 with parallel.expert=1 would train .* use parallel.expert=2",
-        ),
-        (ParallelConfig(expert=3), "parallel.expert=3 does not divide the model's n_routed_experts=8"),
+        (ParallelConfig(expert=3), "parallel.expert=3 does not divide the model's number of experts=8"),
     ],
 )
 def test_layouts_that_do_not_divide_are_refused(parallel: ParallelConfig, message: str) -> None:

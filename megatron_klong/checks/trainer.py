@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from megatron_klong.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainerSettings
 from megatron_klong.data.rows import PackedRow, fill_row
 from megatron_klong.data.windows import TrainingSample
-from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import StepResult, train_step
@@ -29,7 +30,7 @@ class RandomTokens:
         self, platform: Platform, weights: Path, parallel: ParallelConfig, precision: Literal["fp32", "bf16"],
         row_tokens: int, *, fresh: bool = False,
     ) -> None:  # fmt: skip
-        self.hf: Glm4MoeConfig = load_hf_config(weights)
+        self.hf: DecoderConfig = load_hf_config(weights)
         self.row_tokens = row_tokens
         model = {"hf_config": weights, "weights": None if fresh else weights, "precision": precision}
         settings = TrainerSettings(

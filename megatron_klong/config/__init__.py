@@ -8,6 +8,7 @@ from megatron_klong.config.load import (
     validate_config,
 )
 from megatron_klong.config.parallel import ParallelConfig
+from megatron_klong.config.presets import preset_file, preset_names
 from megatron_klong.config.rl import (
     EvaluationConfig,
     ObjectiveConfig,
@@ -23,6 +24,7 @@ from megatron_klong.config.sft import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    RouterConfig,
     RunConfig,
     SftConfig,
     TrainerSettings,
@@ -41,6 +43,7 @@ __all__ = [
     "PrefixRule",
     "RlConfig",
     "RolloutConfig",
+    "RouterConfig",
     "RunConfig",
     "SandboxConfig",
     "ServerConfig",
@@ -56,5 +59,7 @@ __all__ = [
     "config_keys",
     "dump_config",
     "load_config",
+    "preset_file",
+    "preset_names",
     "validate_config",
 ]

@@ -10,7 +10,7 @@ from megatron_klong.config.base import StrictModel
 
 
 class ParallelConfig(StrictModel):
-    """How many ways each kind of parallelism splits the work. Ranks beyond TP x PP are data parallel."""
+    """How many ways each kind of parallelism splits the work. Ranks beyond TP x CP x PP are data parallel."""
 
     tensor: int = Field(default=1, ge=1)
     """TP: ranks that share every layer. Above 1, sequence parallelism is on."""
@@ -18,20 +18,28 @@ class ParallelConfig(StrictModel):
     pipeline: int = Field(default=1, ge=1)
     """PP: stages that the layers are cut into."""
 
+    context: int = Field(default=1, ge=1)
+    """CP: ranks that share the tokens of every row."""
+
     expert: int = Field(default=1, ge=1)
-    """EP: ranks that share the experts of a layer, taken from the TP x DP ranks of a stage."""
+    """EP: ranks that share the experts of a layer, taken from the TP x CP x DP ranks of a stage."""
 
     nproc: int | None = Field(default=None, ge=1)
     """Ranks that `klong sft` starts on this node. Default: the fewest that the layout allows."""
 
     @property
     def world_size(self) -> int:
-        """Ranks on one node: ``nproc``, or the smallest multiple of TP x PP that EP divides."""
-        return self.nproc or self.pipeline * math.lcm(self.tensor, self.expert)
+        """Ranks on one node: ``nproc``, or the smallest multiple of TP x CP x PP that EP divides."""
+        return self.nproc or self.pipeline * math.lcm(self.tensor * self.context, self.expert)
+
+    @property
+    def row_divisor(self) -> int:
+        """What the length of a row must be a multiple of, for its ranks to share it."""
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
 
     def data(self, world_size: int) -> int:
         """DP: how many copies of the model ``world_size`` ranks hold."""
-        return world_size // (self.tensor * self.pipeline)
+        return world_size // (self.tensor * self.context * self.pipeline)
 
     def check(self, world_size: int) -> None:
         """Refuse a number of ranks that the layout does not divide.
@@ -40,11 +48,11 @@ class ParallelConfig(StrictModel):
             ValueError: names the fields and what would fit.
         """
         stage, rest = divmod(world_size, self.pipeline)
-        if rest or stage % self.tensor or stage % self.expert:
+        if rest or stage % (self.tensor * self.context) or stage % self.expert:
             raise ValueError(
-                f"parallel: {world_size} ranks cannot hold tensor={self.tensor} x "
+                f"parallel: {world_size} ranks cannot hold tensor={self.tensor} x context={self.context} x "
                 f"pipeline={self.pipeline} with expert={self.expert}; use a multiple of "
-                f"{self.pipeline * math.lcm(self.tensor, self.expert)} ranks"
+                f"{self.pipeline * math.lcm(self.tensor * self.context, self.expert)} ranks"
             )
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_klong.config.base import StrictModel
 from megatron_klong.config.parallel import ParallelConfig
+from megatron_klong.config.presets import preset_file
 from megatron_klong.config.window import WindowConfig
 
 
@@ -22,11 +23,41 @@ class RunConfig(StrictModel):
     """Seeds the fresh weights and the order of the data."""
 
 
+class RouterConfig(StrictModel):
+    """How the routers of expert layers are trained, where the model has any."""
+
+    balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"
+    """Auxiliary loss that spreads tokens over experts: over a micro-batch, a row, or a global batch. By its
+    nature it depends on how samples are packed and which ranks they are on."""
+
+    balancing_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of that loss against the mean loss of a trained token."""
+
+    bias_update_rate: float = Field(default=0.0, ge=0)
+    """Step by which the bias for choosing experts moves after every optimizer step, towards those with fewer
+    tokens (models with such a bias). 0 leaves it as it is."""
+
+    replay: bool = False
+    """Build routers that can be told which experts to choose."""
+
+    @model_validator(mode="after")
+    def _coefficient_fits(self) -> RouterConfig:
+        if (self.balancing == "none") != (self.balancing_coefficient == 0):
+            raise ValueError(
+                f"router.balancing={self.balancing} with router.balancing_coefficient="
+                f"{self.balancing_coefficient}: name both, or neither"
+            )
+        return self
+
+
 class ModelConfig(StrictModel):
     """Which model is trained."""
 
-    hf_config: Path
-    """Hugging Face `config.json` (or its folder) of a GLM-4.5-MoE model."""
+    hf_config: Path | None = None
+    """Hugging Face `config.json` (or its folder) of a GLM-4.5-MoE, Qwen3-MoE or Qwen3 model."""
+
+    preset: str | None = None
+    """Name of a shape that comes with this package, in place of `hf_config` (`klong model list`)."""
 
     weights: Path | None = None
     """Hugging Face folder with safetensors, or Megatron checkpoint, to start from. Default: fresh
@@ -34,6 +65,30 @@ class ModelConfig(StrictModel):
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and activations. Gradients and optimizer state are fp32 either way."""
+
+    prediction: Literal["train", "leave"] = "leave"
+    """Multi-token prediction layers, where the model has any: trained along, or held and saved unchanged."""
+
+    prediction_loss_weight: float = Field(default=0.1, gt=0)
+    """Weight of their loss (a mean over the layers) against that of the next token."""
+
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ModelConfig:
+        if (self.preset is None) == (self.hf_config is None):
+            raise ValueError("name either model.hf_config or model.preset")
+        if self.preset is not None:
+            preset_file(self.preset)
+        return self
+
+    @property
+    def shape(self) -> Path:
+        """The `config.json` (or its folder) that says what the model is."""
+        if self.preset is not None:
+            return preset_file(self.preset)
+        assert self.hf_config is not None
+        return self.hf_config
 
 
 class BlendConfig(StrictModel):
@@ -137,10 +192,10 @@ class TrainerSettings(StrictModel):
                 f"{row_field}={self.row_tokens} is less than the window's max_tokens={window_tokens}; "
                 "a window must fit in a row"
             )
-        if self.row_tokens % self.parallel.tensor:
+        if self.row_tokens % self.parallel.row_divisor:
             raise ValueError(
-                f"{row_field}={self.row_tokens} is no multiple of parallel.tensor={self.parallel.tensor}, "
-                "which sequence parallelism needs"
+                f"{row_field}={self.row_tokens} is no multiple of {self.parallel.row_divisor}, which "
+                f"parallel.tensor={self.parallel.tensor} and parallel.context={self.parallel.context} need"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_klong.convert.stored import stored_tensors
-from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.weights import WeightSource, safetensors_weights
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -49,7 +49,7 @@ class HfFolder:
             raise ValueError(f"{self.path}: tensor {name!r} has data type {kind}, not one of {list(_DTYPES)}")
         return _DTYPES[kind]
 
-    def check(self, config: Glm4MoeConfig) -> dict[str, int]:
+    def check(self, config: DecoderConfig) -> dict[str, int]:
         """Compare names and shapes with what the config wants; counts of what is left out.
 
         Raises:
@@ -82,6 +82,6 @@ class HfFolder:
         return f"{layer}.experts.{'down_proj' if '.down_proj.' in rest else 'gate_up_proj'}"
 
 
-def _is_prediction_layer(name: str, config: Glm4MoeConfig) -> bool:
+def _is_prediction_layer(name: str, config: DecoderConfig) -> bool:
     match = _LAYER.match(name)
     return match is not None and int(match[1]) >= config.num_hidden_layers

@@ -1,8 +1,9 @@
 """What a Megatron distributed checkpoint of the model holds, in Hugging Face terms.
 
 The weight map names the tensors of a *model*; a distributed checkpoint has them under keys of its
-own: all experts of a layer in one tensor, and norms under the fused names of Transformer Engine,
-so that one checkpoint serves every layer spec. This module is the whole difference.
+own: all experts of a layer in one tensor, and the norms that Transformer Engine fuses with the linear
+layer behind them under those names, so that one checkpoint serves every layer spec. This module is the
+whole difference.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.weight_map import HfTensor, Rule, weight_rules
 from megatron_klong.model.weights import WeightSource
 
 ExpertLayout = Literal["per-expert", "fused"]
 """How a Hugging Face checkpoint holds routed experts: a tensor for each, or one for all of a layer."""
 
-_FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+_FUSED_NORM = "self_attention.linear_qkv.layer_norm_weight"
+_FUSED_DENSE_NORM = "mlp.linear_fc1.layer_norm_weight"
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.\d+\.")
 _HF_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 
@@ -75,23 +74,27 @@ class StoredTensor:
         return _HF_EXPERT.sub(f".experts.{kind}", name)
 
 
-def stored_tensors(config: Glm4MoeConfig) -> list[StoredTensor]:
+def stored_tensors(config: DecoderConfig) -> list[StoredTensor]:
     """Everything a checkpoint of the model holds, in the order of the map: layer by layer."""
     by_layer = groupby(weight_rules(config).values(), key=lambda rule: rule.megatron.split(".")[:3])
     return [stored for _, rules in by_layer for stored in _of_one_layer(list(rules))]
 
 
 def _of_one_layer(rules: Sequence[Rule]) -> list[StoredTensor]:
+    is_dense = any(rule.megatron.endswith("mlp.linear_fc1.weight") for rule in rules)
     grouped: dict[str, list[Rule]] = {}
     for rule in rules:
-        grouped.setdefault(_key(rule.megatron), []).append(rule)
+        grouped.setdefault(_key(rule.megatron, is_dense), []).append(rule)
     return [
         StoredTensor(key, tuple(same), stacked=".experts.experts." in key) for key, same in grouped.items()
     ]
 
 
-def _key(megatron: str) -> str:
-    for ending, fused in _FUSED_NORMS.items():
-        if megatron.endswith(f".{ending}"):
-            return megatron.removesuffix(ending) + fused
+def _key(megatron: str, is_dense: bool) -> str:
+    layer = megatron.removesuffix(".input_layernorm.weight")
+    if layer != megatron:
+        return f"{layer}.{_FUSED_NORM}"
+    layer = megatron.removesuffix(".pre_mlp_layernorm.weight")
+    if layer != megatron and is_dense:
+        return f"{layer}.{_FUSED_DENSE_NORM}"
     return _LOCAL_EXPERT.sub(".experts.", megatron)

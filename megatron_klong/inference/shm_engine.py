@@ -34,7 +34,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_klong.inference.cpu_moe import forget_kernels
 from megatron_klong.inference.shm_segment import Segment, Slot, aligned
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.weight_map import weight_rules
+from megatron_klong.model.weight_map import is_prediction, weight_rules
 
 CHUNK_BYTES = 64 << 20
 
@@ -74,7 +74,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         config = load_hf_config(Path(self.model_config.model))
-        self._expected = {part.name: part.shape for rule in weight_rules(config).values() for part in rule.hf}
+        rules = [rule for rule in weight_rules(config).values() if not is_prediction(rule)]
+        self._expected = {part.name: part.shape for rule in rules for part in rule.hf}
         self._segments: list[Segment] = []
         self._received: set[str] = set()
         self._sync = 0

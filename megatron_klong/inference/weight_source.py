@@ -13,8 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from megatron_klong.model.hf_config import Glm4MoeConfig
-from megatron_klong.model.weight_map import Rule, put_shard, take_shard, weight_rules
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.weight_map import Rule, is_prediction, put_shard, take_shard, weight_rules
 from megatron_klong.model.weights import rank_tensors
 
 SENDER = 0
@@ -45,8 +45,8 @@ class MegatronWeightSource(WeightSource):
             Otherwise the other ranks' tensors are empty.
     """
 
-    def __init__(self, model: GPTModel, config: Glm4MoeConfig, *, everywhere: bool = False) -> None:
-        self._rules = list(weight_rules(config).values())
+    def __init__(self, model: GPTModel, config: DecoderConfig, *, everywhere: bool = False) -> None:
+        self._rules = [rule for rule in weight_rules(config).values() if not is_prediction(rule)]
         self._own = rank_tensors(model)
         self._everywhere = everywhere
         self._tp_size = parallel_state.get_tensor_model_parallel_world_size()

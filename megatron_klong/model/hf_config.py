@@ -1,4 +1,4 @@
-"""The Hugging Face config of a GLM-4.5-MoE model, read without transformers.
+"""The Hugging Face config of a model, read without transformers.
 
 Every field of the file is either used, known to be without influence on training, or refused by
 name: a field that this package silently ignored would give a model that is not the published one.
@@ -7,63 +7,22 @@ name: a field that this package silently ignored would give a model that is not 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.families import FAMILIES, Family
 
 _WITHOUT_INFLUENCE = frozenset(
     {
         "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
         "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "max_position_embeddings",
-        "_name_or_path", "output_attentions", "output_hidden_states", "return_dict",
+        "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "rope_parameters",
     }
 )  # fmt: skip
 
-_MAY_BE_ZERO = frozenset({"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"})
-
-_REQUIRED_VALUES: dict[str, Any] = {
-    "hidden_act": "silu",
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "use_qk_norm": False,
-    "tie_word_embeddings": False,
-    "rope_scaling": None,
-}
-"""Fields that this model accepts with one value only, until the others are implemented."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Glm4MoeConfig:
-    """Shape of a GLM-4.5-MoE decoder, field names as in the Hugging Face config (design, 4).
-
-    A field that the file leaves out has the default of transformers' ``Glm4MoeConfig``, since
-    transformers leaves out what equals its default.
-    """
-
-    vocab_size: int = 151552
-    hidden_size: int = 4096
-    intermediate_size: int = 10944
-    num_hidden_layers: int = 46
-    num_attention_heads: int = 96
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-    partial_rotary_factor: float = 0.5
-    attention_bias: bool = False
-    moe_intermediate_size: int = 1408
-    n_routed_experts: int = 128
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 8
-    first_k_dense_replace: int = 1
-    routed_scaling_factor: float = 1.0
-    initializer_range: float = 0.02
-    num_nextn_predict_layers: int = 1
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer ``layer`` (0-based) has routed experts; the first ones are dense."""
-        return layer >= self.first_k_dense_replace
+_MAY_BE_NULL = frozenset({"head_dim", "mlp_only_layers"})
+"""Used fields for which null means the default."""
 
 
 def config_json(path: Path) -> Path:
@@ -71,11 +30,11 @@ def config_json(path: Path) -> Path:
     return path / "config.json" if path.is_dir() else path
 
 
-def load_hf_config(path: Path) -> Glm4MoeConfig:
+def load_hf_config(path: Path) -> DecoderConfig:
     """Read ``config.json``, given as the file or the folder that holds it.
 
     Raises:
-        ValueError: the file is missing, is not GLM-4.5-MoE, or has a field or value that this
+        ValueError: the file is missing, is of no known family, or has a field or value that this
             package does not implement; the message names it.
     """
     file = config_json(path)
@@ -90,24 +49,27 @@ def load_hf_config(path: Path) -> Glm4MoeConfig:
     return parse_hf_config(raw, str(file))
 
 
-def parse_hf_config(raw: dict[str, Any], origin: str) -> Glm4MoeConfig:
+def parse_hf_config(raw: dict[str, Any], origin: str) -> DecoderConfig:
     """The same from a parsed JSON object; ``origin`` names it in errors."""
-    if raw.get("model_type") != "glm4_moe":
+    family = FAMILIES.get(raw.get("model_type", ""))
+    if family is None:
         raise ValueError(
-            f"{origin}: model_type is {raw.get('model_type')!r}; the only family so far is 'glm4_moe'"
+            f"{origin}: model_type is {raw.get('model_type')!r}; known are {', '.join(map(repr, FAMILIES))}"
         )
-    values = {**raw, **_rope_values(raw, origin)}
-    if "num_mtp_layers" in values:
-        values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
-    if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
-        for name in ("hidden_size", "num_attention_heads"):
-            _check_type(name, values[name], origin)
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    _refuse_unimplemented(values, origin)
-    names = [field.name for field in fields(Glm4MoeConfig) if field.name in values]
-    for name in names:
-        _check_type(name, values[name], origin)
-    config = Glm4MoeConfig(**{name: values[name] for name in names})
+    given = {family.renamed.get(name, name): value for name, value in raw.items() if value is not None}
+    given |= _rope_values(raw, origin)
+    _refuse_unimplemented(family, given, origin)
+    values = dict(family.defaults)
+    values |= {name: value for name, value in given.items() if name in family.defaults}
+    values |= {name: None for name in family.defaults.keys() - _MAY_BE_NULL if raw.get(name, 0) is None}
+    for name in ("hidden_size", "num_attention_heads"):
+        _check_type(family, name, values[name], origin)
+    if "head_dim" not in given:
+        derived = values["hidden_size"] // values["num_attention_heads"]
+        values["head_dim"] = family.head_dim_default or derived
+    for name, value in values.items():
+        _check_type(family, name, value, origin)
+    config = family.build(values)
     _check_consistency(config, origin)
     return config
 
@@ -120,20 +82,23 @@ def _rope_values(raw: dict[str, Any], origin: str) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"{origin}: rope_parameters.rope_type={kind!r} is not implemented")
-    return {
-        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e6)),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)),
-    }
+    unknown = rope.keys() - {"rope_type", "rope_theta", "partial_rotary_factor"}
+    if unknown:
+        raise ValueError(f"{origin}: field 'rope_parameters.{min(unknown)}' is not known to this package")
+    return {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
 
 
-def _check_type(name: str, value: Any, origin: str) -> None:
-    default = getattr(Glm4MoeConfig, name)
-    least = 0 if name in _MAY_BE_ZERO else 1
+def _check_type(family: Family, name: str, value: Any, origin: str) -> None:
+    default = family.defaults[name]
+    least = 0 if name in family.may_be_zero else 1
     if isinstance(default, bool):
         fits, wanted = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         wanted = f"an integer of at least {least}"
+    elif isinstance(default, list):
+        fits = isinstance(value, list) and all(type(item) is int for item in value)
+        wanted = "a list of integers"
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
         wanted = "a number above 0"
@@ -141,32 +106,40 @@ def _check_type(name: str, value: Any, origin: str) -> None:
         raise ValueError(f"{origin}: {name}={value!r} must be {wanted}")
 
 
-def _refuse_unimplemented(values: dict[str, Any], origin: str) -> None:
-    for name, wanted in _REQUIRED_VALUES.items():
-        if values.get(name, wanted) != wanted:
-            raise ValueError(f"{origin}: {name}={values[name]!r} is not implemented; only {wanted!r} is")
-    known = {field.name for field in fields(Glm4MoeConfig)}
-    known |= _WITHOUT_INFLUENCE | _REQUIRED_VALUES.keys() | {"rope_parameters"}
-    unknown = sorted(values.keys() - known)
+def _refuse_unimplemented(family: Family, given: dict[str, Any], origin: str) -> None:
+    for name, wanted in family.only.items():
+        if given.get(name, wanted) != wanted:
+            raise ValueError(f"{origin}: {name}={given[name]!r} is not implemented; only {wanted!r} is")
+    known = family.defaults.keys() | family.only.keys() | family.ignored | _WITHOUT_INFLUENCE
+    unknown = sorted(given.keys() - known)
     if unknown:
-        raise ValueError(f"{origin}: field {unknown[0]!r} is not known to this package")
-    if values.get("attention_dropout"):
-        raise ValueError(f"{origin}: attention_dropout={values['attention_dropout']} must be 0")
+        raise ValueError(
+            f"{origin}: field {unknown[0]!r} is not known to this package in a {family.model_type} model"
+        )
+    other_layers = sorted({str(kind) for kind in given.get("layer_types", ())} - {"full_attention"})
+    if other_layers:
+        raise ValueError(
+            f"{origin}: layer_types has {other_layers[0]!r}; only 'full_attention' is implemented"
+        )
+    if given.get("attention_dropout"):
+        raise ValueError(f"{origin}: attention_dropout={given['attention_dropout']} must be 0")
 
 
-def _check_consistency(config: Glm4MoeConfig, origin: str) -> None:
+def _check_consistency(config: DecoderConfig, origin: str) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"{origin}: num_attention_heads={config.num_attention_heads} is no multiple of "
             f"num_key_value_heads={config.num_key_value_heads}"
         )
-    if not 2 <= config.num_experts_per_tok <= config.n_routed_experts:
+    if config.rotary_dim % 2:
         raise ValueError(
-            f"{origin}: num_experts_per_tok={config.num_experts_per_tok} must be from 2 to "
-            f"n_routed_experts={config.n_routed_experts}"
+            f"{origin}: head_dim={config.head_dim} with partial_rotary_factor="
+            f"{config.partial_rotary_factor} rotates {config.rotary_dim} dimensions, an odd number"
         )
-    if config.num_nextn_predict_layers:
+    moe = config.moe
+    if moe is not None and not 2 <= moe.top_k <= moe.experts:
         raise ValueError(
-            f"{origin}: num_nextn_predict_layers={config.num_nextn_predict_layers}: multi-token "
-            "prediction layers are not trained yet; set it to 0 to leave them out"
+            f"{origin}: num_experts_per_tok={moe.top_k} must be from 2 to the {moe.experts} experts"
         )
+    if config.prediction_layers and config.tie_word_embeddings:
+        raise ValueError(f"{origin}: prediction layers with tie_word_embeddings=true are not implemented")

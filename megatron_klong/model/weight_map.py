@@ -1,8 +1,9 @@
-"""The declarative map between Hugging Face and Megatron-Core weights of GLM-4.5-MoE.
+"""The declarative map between Hugging Face and Megatron-Core weights.
 
 Read as a table: each :class:`Rule` names one Megatron tensor (with global layer and expert
 numbers), the Hugging Face tensors it is made of, how they are joined, and how tensor-parallel
-ranks share it. Loading, initialisation, conversion and weight sync all walk this one table.
+ranks share it. Loading, initialisation, conversion and weight sync all walk this one table. The
+families name their tensors alike; what a model has is said by its :class:`DecoderConfig`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.model.decoder import DecoderConfig, MoeConfig
 
 
 class Join(Protocol):
@@ -135,12 +136,17 @@ class Rule:
         join: how the parts form the full tensor.
         shard: what a tensor-parallel rank holds of it. Expert weights are never sharded: the
             expert tensor-parallel size is 1.
+        copies: Hugging Face tensors that repeat the first one. A checkpoint may lack them; what it has of
+            them must be equal.
+        writes_copies: whether a published checkpoint has them.
     """
 
     megatron: str
     hf: tuple[HfTensor, ...]
     join: Join = Same()
     shard: Shard = Replicated()
+    copies: tuple[HfTensor, ...] = ()
+    writes_copies: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,26 +154,64 @@ class Rule:
         return tuple(self.join.join([torch.empty(part.shape, device="meta") for part in self.hf]).shape)
 
 
-def weight_rules(config: Glm4MoeConfig) -> dict[str, Rule]:
+def weight_rules(config: DecoderConfig) -> dict[str, Rule]:
     """The whole map of a model, by global Megatron name."""
     return {rule.megatron: rule for rule in _rules(config)}
 
 
-def _rules(c: Glm4MoeConfig) -> Iterator[Rule]:
+def is_prediction(rule: Rule) -> bool:
+    """Whether a tensor belongs to a multi-token prediction layer, which servers load apart."""
+    return rule.megatron.startswith("mtp.")
+
+
+def _rules(c: DecoderConfig) -> Iterator[Rule]:
     vocabulary = (c.vocab_size, c.hidden_size)
+    predictions = [f"model.layers.{c.num_hidden_layers + depth}" for depth in range(c.prediction_layers)]
+
+    def in_predictions(name: str) -> tuple[HfTensor, ...]:
+        return tuple(HfTensor(f"{prefix}.{name}", vocabulary) for prefix in predictions)
+
+    embedding, head = (
+        HfTensor("model.embed_tokens.weight", vocabulary),
+        HfTensor("lm_head.weight", vocabulary),
+    )
     yield Rule(
-        "embedding.word_embeddings.weight", (HfTensor("model.embed_tokens.weight", vocabulary),),
-        shard=Along(0),
+        "embedding.word_embeddings.weight", (embedding,), shard=Along(0),
+        copies=(head,) if c.tie_word_embeddings else in_predictions("embed_tokens.weight"),
+        writes_copies=not c.tie_word_embeddings,
     )  # fmt: skip
     for layer in range(c.num_hidden_layers):
-        yield from _attention_rules(c, layer)
-        yield from _moe_rules(c, layer) if c.is_moe_layer(layer) else _dense_rules(c, layer)
+        yield from _layer_rules(c, layer, f"decoder.layers.{layer}", f"model.layers.{layer}")
     yield Rule("decoder.final_layernorm.weight", (HfTensor("model.norm.weight", (c.hidden_size,)),))
-    yield Rule("output_layer.weight", (HfTensor("lm_head.weight", vocabulary),), shard=Along(0))
+    if not c.tie_word_embeddings:
+        yield Rule(
+            "output_layer.weight", (head,), shard=Along(0), copies=in_predictions("shared_head.head.weight"),
+            writes_copies=True,
+        )  # fmt: skip
+    for depth, theirs in enumerate(predictions):
+        yield from _prediction_rules(c, depth, theirs)
 
 
-def _attention_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
-    ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+def _prediction_rules(c: DecoderConfig, depth: int, theirs: str) -> Iterator[Rule]:
+    """A layer of multi-token prediction: two norms, their joint projection, a decoder layer, a norm."""
+    ours, layer = f"mtp.layers.{depth}", c.num_hidden_layers + depth
+    for norm, name in (("enorm", "enorm"), ("hnorm", "hnorm"), ("final_layernorm", "shared_head.norm")):
+        yield Rule(f"{ours}.{norm}.weight", (HfTensor(f"{theirs}.{name}.weight", (c.hidden_size,)),))
+    projection = HfTensor(f"{theirs}.eh_proj.weight", (c.hidden_size, 2 * c.hidden_size))
+    yield Rule(f"{ours}.eh_proj.weight", (projection,), shard=Along(0))
+    yield from _layer_rules(c, layer, f"{ours}.transformer_layer", theirs)
+
+
+def _layer_rules(c: DecoderConfig, layer: int, ours: str, theirs: str) -> Iterator[Rule]:
+    yield from _attention_rules(c, ours, theirs)
+    if c.is_moe_layer(layer):
+        assert c.moe is not None
+        yield from _moe_rules(c.hidden_size, c.moe, f"{ours}.mlp", f"{theirs}.mlp")
+    else:
+        yield from _swiglu_rules(f"{ours}.mlp", f"{theirs}.mlp", c.hidden_size, c.intermediate_size)
+
+
+def _attention_rules(c: DecoderConfig, ours: str, theirs: str) -> Iterator[Rule]:
     rows = {
         "q": c.num_attention_heads * c.head_dim,
         "k": c.num_key_value_heads * c.head_dim,
@@ -190,27 +234,24 @@ def _attention_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
     yield Rule(f"{linear_qkv}.weight", projections("weight", c.hidden_size), qkv, Along(0))
     if c.attention_bias:
         yield Rule(f"{linear_qkv}.bias", projections("bias"), qkv, Along(0))
+    for norm in ("q", "k") if c.qk_norm else ():
+        weight = HfTensor(f"{theirs}.self_attn.{norm}_norm.weight", (c.head_dim,))
+        yield Rule(f"{ours}.self_attention.{norm}_layernorm.weight", (weight,))
     output = HfTensor(f"{theirs}.self_attn.o_proj.weight", (c.hidden_size, rows["q"]))
     yield Rule(f"{ours}.self_attention.linear_proj.weight", (output,), shard=Along(1))
 
 
-def _dense_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
-    ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    yield from _swiglu_rules(ours, theirs, c.hidden_size, c.intermediate_size)
-
-
-def _moe_rules(c: Glm4MoeConfig, layer: int) -> Iterator[Rule]:
-    ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    gate = HfTensor(f"{theirs}.gate.weight", (c.n_routed_experts, c.hidden_size))
-    bias = HfTensor(f"{theirs}.gate.e_score_correction_bias", (c.n_routed_experts,))
-    yield Rule(f"{ours}.router.weight", (gate,))
-    yield Rule(f"{ours}.router.expert_bias", (bias,))
-    if c.n_shared_experts:
-        width = c.n_shared_experts * c.moe_intermediate_size
-        yield from _swiglu_rules(f"{ours}.shared_experts", f"{theirs}.shared_experts", c.hidden_size, width)
-    for expert in range(c.n_routed_experts):
+def _moe_rules(hidden: int, moe: MoeConfig, ours: str, theirs: str) -> Iterator[Rule]:
+    yield Rule(f"{ours}.router.weight", (HfTensor(f"{theirs}.gate.weight", (moe.experts, hidden)),))
+    if moe.expert_bias:
+        bias = HfTensor(f"{theirs}.gate.e_score_correction_bias", (moe.experts,))
+        yield Rule(f"{ours}.router.expert_bias", (bias,))
+    if moe.shared_width:
+        shared = f"{ours}.shared_experts", f"{theirs}.shared_experts"
+        yield from _swiglu_rules(*shared, hidden, moe.shared_width)
+    for expert in range(moe.experts):
         local, remote = f"{ours}.experts.local_experts.{expert}", f"{theirs}.experts.{expert}"
-        for rule in _swiglu_rules(local, remote, c.hidden_size, c.moe_intermediate_size):
+        for rule in _swiglu_rules(local, remote, hidden, moe.width):
             yield Rule(rule.megatron, rule.hf, rule.join)
 
 

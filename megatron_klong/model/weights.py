@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_klong.model.hf_config import Glm4MoeConfig
-from megatron_klong.model.weight_map import HfTensor, take_shard, weight_rules
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.weight_map import HfTensor, is_prediction, take_shard, weight_rules
 
 WeightSource = Callable[[HfTensor], Tensor]
 """Gives the full tensor for a name of the Hugging Face checkpoint."""
@@ -22,7 +23,7 @@ WeightSource = Callable[[HfTensor], Tensor]
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
-def random_weights(config: Glm4MoeConfig, seed: int) -> WeightSource:
+def random_weights(config: DecoderConfig, seed: int) -> WeightSource:
     """Fresh weights: normal with ``initializer_range``, norms one, biases zero.
 
     Each tensor has a generator of its own, seeded by its name, so that the model is the same at
@@ -116,11 +117,14 @@ def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
 
 
 def _global_name(model: GPTModel, name: str) -> str:
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # a later stage's copy
     parts = name.split(".")
-    if parts[:2] != ["decoder", "layers"]:
-        return name
-    layer = model.decoder.layers[int(parts[2])]
-    parts[2] = str(layer.layer_number - 1)
+    if parts[:2] == ["decoder", "layers"]:
+        layer = model.decoder.layers[int(parts[2])]
+        parts[2] = str(layer.layer_number - 1)
+    elif parts[:2] == ["mtp", "layers"]:
+        layer = model.mtp.layers[int(parts[2])].transformer_layer
     if "local_experts" in parts:
         place = parts.index("local_experts") + 1
         parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
@@ -128,7 +132,7 @@ def _global_name(model: GPTModel, name: str) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, config: Glm4MoeConfig, source: WeightSource) -> None:
+def load_weights(model: GPTModel, config: DecoderConfig, source: WeightSource) -> None:
     """Fill this rank's part of the model from full tensors, at any TP, PP and EP."""
     rules = weight_rules(config)
     tp_group = model.pg_collection.tp
@@ -138,8 +142,32 @@ def load_weights(model: GPTModel, config: Glm4MoeConfig, source: WeightSource) -
         tensor.copy_(take_shard(rule.shard, full, tp_group.rank(), tp_group.size()))
 
 
-def parameter_count(config: Glm4MoeConfig) -> int:
-    """Trained parameters of the whole model; the router bias is a buffer and does not count."""
-    rules = weight_rules(config).values()
-    shapes = [part.shape for rule in rules for part in rule.hf if "expert_bias" not in rule.megatron]
-    return sum(math.prod(shape) for shape in shapes)
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trained parameters; the router's bias is a buffer and does not count.
+
+    Attributes:
+        total: of the decoder, with embeddings and head.
+        active: of them, those that one token passes through.
+        prediction: of multi-token prediction layers, beside the total.
+    """
+
+    total: int
+    active: int
+    prediction: int
+
+
+def parameter_counts(config: DecoderConfig) -> ParameterCounts:
+    """Counted on the weight map, by name and shape."""
+    total = experts = prediction = 0
+    for rule in weight_rules(config).values():
+        if rule.megatron.endswith("expert_bias"):
+            continue
+        size = sum(math.prod(part.shape) for part in rule.hf)
+        if is_prediction(rule):
+            prediction += size
+            continue
+        total += size
+        experts += size if ".local_experts." in rule.megatron else 0
+    idle = experts // config.moe.experts * (config.moe.experts - config.moe.top_k) if config.moe else 0
+    return ParameterCounts(total, total - idle, prediction)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_klong.agent.tools import describe_tools
 from megatron_klong.config import RlConfig
-from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
 from megatron_klong.rl.exchange import Exchange
 from megatron_klong.rl.live import live_rule
@@ -20,6 +21,7 @@ from megatron_klong.trajectory.render import Renderer, load_renderer
 _CHANGEABLE = (
     "max_restarts",
     "model.hf_config",
+    "model.preset",
     "model.weights",
     "parallel",
     "rollout.concurrent",
@@ -46,7 +48,7 @@ class CheckedRl:
         contents: fingerprints of weights, tokenizer and tasks.
     """
 
-    model: Glm4MoeConfig
+    model: DecoderConfig
     contents: dict[str, str]
 
 
@@ -56,7 +58,7 @@ def check_rl(config: RlConfig) -> CheckedRl:
     Raises:
         ValueError: names the field and the remedy.
     """
-    hf = load_hf_config(config.model.hf_config)
+    hf = load_hf_config(config.model.shape)
     check_layout(hf, config.parallel)
     renderer = load_renderer(config.renderer, config.tokenizer)
     if renderer.vocab_size > hf.vocab_size:
@@ -67,7 +69,7 @@ def check_rl(config: RlConfig) -> CheckedRl:
     if load_hf_config(config.server.model) != hf:
         raise ValueError(
             f"server.model={config.server.model} is a model of another shape than "
-            f"model.hf_config={config.model.hf_config}"
+            f"model.hf_config={config.model.shape}"
         )
     check_hidden("run.dir", config.run.dir)
     contents = {"tokenizer.content": renderer.fingerprint}

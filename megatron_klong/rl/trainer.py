@@ -72,7 +72,7 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     lost, and after a restart each batch is either in the checkpoint, or trained on from the same start.
     """
     run, exchange = RunDirectory(config.run.dir), Exchange(RunDirectory(config.run.dir).exchange)
-    hf = load_hf_config(config.model.hf_config)
+    hf = load_hf_config(config.model.shape)
     trainer = build_trainer(config.trainer_settings, hf, platform)
     learner = Learner(trainer, config)
     progress = RlProgress(0, 0, _first(exchange.lineage), ())
@@ -130,7 +130,7 @@ class Serving:
         self._source = source
         self._sync: tuple[tuple[str, ...], WeightSync] | None = None
         random = np.random.default_rng(0)
-        vocab, longest = load_hf_config(config.model.hf_config).vocab_size, config.window.max_tokens
+        vocab, longest = load_hf_config(config.model.shape).vocab_size, config.window.max_tokens
         lengths = [max(2, longest // 2**n - 1) for n in range(_PROBES)]
         self.prompts = [tuple(int(t) for t in random.integers(0, vocab, length)) for length in lengths]
         """Token ids that the servers' log-probs are compared on."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_klong.config import SftConfig
 from megatron_klong.data.header import StoreHeader, read_headers
-from megatron_klong.model.hf_config import Glm4MoeConfig, load_hf_config
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
 
 
@@ -14,7 +15,7 @@ from megatron_klong.model.layout import check_layout
 class CheckedInputs:
     """What a run is about to use: the model's shape and the headers of all stores."""
 
-    model: Glm4MoeConfig
+    model: DecoderConfig
     data: tuple[StoreHeader, ...]
 
 
@@ -24,7 +25,7 @@ def check_sft(config: SftConfig) -> CheckedInputs:
     Raises:
         ValueError: names the field and the remedy.
     """
-    hf = load_hf_config(config.model.hf_config)
+    hf = load_hf_config(config.model.shape)
     check_layout(hf, config.parallel)
     headers = read_headers(config.data)
     header = headers[0]

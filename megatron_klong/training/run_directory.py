@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_klong.config import SftConfig, dump_config
-from megatron_klong.model.hf_config import Glm4MoeConfig
+from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.training.fingerprint import weights_fingerprint
 from megatron_klong.training.preflight import CheckedInputs
 
@@ -24,6 +24,7 @@ _POLL_SECONDS = 0.1
 SFT_CHANGEABLE = (
     "data.store",
     "model.hf_config",
+    "model.preset",
     "model.weights",
     "parallel",
     "run.dir",
@@ -158,7 +159,7 @@ def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
     return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents
 
 
-def identity_of(config: BaseModel, changeable: tuple[str, ...], model: Glm4MoeConfig) -> dict[str, Any]:
+def identity_of(config: BaseModel, changeable: tuple[str, ...], model: DecoderConfig) -> dict[str, Any]:
     """What makes two starts the same run: dotted keys to values.
 
     Args:
@@ -167,7 +168,8 @@ def identity_of(config: BaseModel, changeable: tuple[str, ...], model: Glm4MoeCo
     """
     flat = dict(_flatten(config.model_dump(mode="json")))
     same = {key: value for key, value in flat.items() if not key.startswith(changeable)}
-    return {**same, **{f"model.{key}": value for key, value in asdict(model).items()}}
+    shape = _flatten(json.loads(json.dumps(asdict(model))), "model.")
+    return {**same, **dict(shape)}
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

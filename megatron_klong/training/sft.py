@@ -11,7 +11,7 @@ from megatron_klong.config import SftConfig
 from megatron_klong.data.dataset import build_datasets
 from megatron_klong.data.rows import PackedRow, PackedRows, balanced, fill_row
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.weights import parameter_count
+from megatron_klong.model.weights import parameter_counts
 from megatron_klong.platform import Platform
 from megatron_klong.training.checkpointing import (
     SftProgress,
@@ -30,7 +30,7 @@ from megatron_klong.training.trainer import build_trainer
 def run_sft(config: SftConfig, platform: Platform) -> None:
     """Train from the last checkpoint of the run directory, or from the start, to the last step."""
     run, settings = RunDirectory(config.run.dir), config.training
-    hf = load_hf_config(config.model.hf_config)
+    hf = load_hf_config(config.model.shape)
     train, validation = build_datasets(config.data, config.run.seed)
     rows = PackedRows(train, config.data.row_length, config.run.seed)
     held_out = (
@@ -52,7 +52,7 @@ def run_sft(config: SftConfig, platform: Platform) -> None:
         run.metrics, writes=writes, total_steps=settings.steps, log_every=settings.log_every
     ) as log:
         log.say(
-            f"{parameter_count(hf):,} parameters on {platform.name}, {_layout(config)}; "
+            f"{parameter_counts(hf).total:,} parameters on {platform.name}, {_layout(config)}; "
             f"{len(train)} train and {len(validation or ())} held-out windows, "
             f"{rows.rows_per_epoch} rows of {config.data.row_length} tokens per epoch"
         )
@@ -103,6 +103,6 @@ def _mine(start: int, count: int) -> Iterator[int]:
 def _layout(config: SftConfig) -> str:
     world, parallel = torch.distributed.get_world_size(), config.parallel
     return (
-        f"{world} ranks: TP{parallel.tensor} PP{parallel.pipeline} EP{parallel.expert} "
+        f"{world} ranks: TP{parallel.tensor} CP{parallel.context} PP{parallel.pipeline} EP{parallel.expert} "
         f"DP{parallel.data(world)}"
     )

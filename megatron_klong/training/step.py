@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_klong.data.rows import PackedRow
+from megatron_klong.model.router import set_units_per_micro_batch
+from megatron_klong.training.row_inputs import row_inputs, whole_row
 from megatron_klong.training.trainer import Trainer
 
 Row = TypeVar("Row", bound=PackedRow)
@@ -104,6 +105,9 @@ def forward_backward(
     Unless ``forward_only``, gradients of the mean over the global batch's units are left in the model's
     buffers, summed over all ranks.
     """
+    counted = _counts(trainer, rows)
+    micro_batches = len(rows) * parallel_state.get_data_parallel_world_size()
+    set_units_per_micro_batch(trainer.model.module, counted.units / max(micro_batches, 1))
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer.device, objective),
         data_iterator=iter(rows),
@@ -113,19 +117,30 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    trained = sum(float(row.loss_mask_R.sum()) for row in rows)
-    units = float(sum(row.units for row in rows))
-    used = float(sum(row.sample_tokens for row in rows))
-    # Only the last stage knows the loss; every stage knows the counts.
-    total = torch.tensor(
-        [float(sum(losses)) if losses else 0.0, units, trained, used], dtype=torch.float64,
-        device=trainer.device,
-    )  # fmt: skip
+    # Only the last stage knows the loss.
+    total = torch.tensor(float(sum(losses)) if losses else 0.0, dtype=torch.float64, device=trainer.device)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     stages = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
-    loss_sum, unit_total, trained_total, used_total = total.tolist()
-    return BatchSums(loss_sum / max(unit_total, 1.0), int(trained_total), int(used_total))
+    return BatchSums(float(total) / max(counted.units, 1), counted.trained_tokens, counted.tokens)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of a global batch."""
+
+    units: int
+    trained_tokens: int
+    tokens: int
+
+
+def _counts(trainer: Trainer, rows: Sequence[PackedRow]) -> _Counts:
+    own = [
+        (row.units, int(row.loss_mask_R.sum()), row.sample_tokens) for row in rows
+    ] or [(0, 0, 0)]  # fmt: skip
+    sums = torch.tensor(own, dtype=torch.int64, device=trainer.device).sum(0)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return _Counts(*sums.tolist())
 
 
 def _forward_step(
@@ -133,22 +148,14 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: the model's output and how to make a loss of it."""
     row = next(rows)
-    boundaries = torch.from_numpy(row.cu_seqlens).to(device)
-    longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    tokens_1R = torch.from_numpy(row.tokens_R).to(device).unsqueeze(0)
-    labels_1R = torch.from_numpy(row.labels_R).to(device).unsqueeze(0)
-    output = model(tokens_1R, None, None, labels=labels_1R, packed_seq_params=packed)
+    inputs = row_inputs(row, model.config.mtp_num_layers or 0, device)
+    output = model(inputs.tokens_1T, inputs.layout, inputs.labels_1T, inputs.predicted)
 
-    def loss_of(token_losses_1R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_of(token_losses_1T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask_R = torch.from_numpy(row.loss_mask_R).to(device)
-        loss = objective(-token_losses_1R.squeeze(0), row, mask_R)
-        return loss, torch.tensor(row.units, dtype=torch.int, device=device), loss.detach()
+        loss = objective(-whole_row(token_losses_1T.squeeze(0), inputs.layout), row, mask_R)
+        # Megatron sums the units over data- and context-parallel ranks; one of a row's ranks counts them.
+        units = row.units if parallel_state.get_context_parallel_rank() == 0 else 0
+        return loss, torch.tensor(units, dtype=torch.int, device=device), loss.detach()
 
     return output, loss_of

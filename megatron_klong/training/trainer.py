@@ -12,14 +12,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_klong.config import OptimizerConfig, TrainerSettings
-from megatron_klong.model.glm4_moe import build_model
-from megatron_klong.model.hf_config import Glm4MoeConfig, config_json
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.gpt import RowModel, build_model
+from megatron_klong.model.hf_config import config_json
 from megatron_klong.model.weights import load_weights, random_weights, safetensors_weights
 from megatron_klong.platform import Platform
 from megatron_klong.training.model_checkpoint import is_checkpoint, load_model
@@ -46,10 +46,10 @@ class Trainer:
     hf_config: Path
 
 
-def build_trainer(settings: TrainerSettings, hf: Glm4MoeConfig, platform: Platform) -> Trainer:
+def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platform) -> Trainer:
     """Build the model with its first weights, and the optimizer over them."""
     dtype = torch.float32 if settings.model.precision == "fp32" else torch.bfloat16
-    model = build_model(hf, settings.parallel, dtype, settings.row_tokens).to(platform.device)
+    model = build_model(hf, settings.parallel, settings.model, settings.row_tokens).to(platform.device)
     _first_weights(model, settings, hf)
     wrapped = DistributedDataParallel(
         model.config,
@@ -60,11 +60,11 @@ def build_trainer(settings: TrainerSettings, hf: Glm4MoeConfig, platform: Platfo
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
-    config_file = config_json(settings.model.hf_config)
+    config_file = config_json(settings.model.shape)
     return Trainer(wrapped, optimizer, scheduler, platform.device, settings.row_tokens, config_file)
 
 
-def _first_weights(model: GPTModel, settings: TrainerSettings, hf: Glm4MoeConfig) -> None:
+def _first_weights(model: RowModel, settings: TrainerSettings, hf: DecoderConfig) -> None:
     """The weights that a run starts from: fresh, of a Hugging Face folder, or of a checkpoint."""
     weights = settings.model.weights
     if weights is None:

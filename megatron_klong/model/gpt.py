@@ -1,0 +1,176 @@
+"""A decoder on Megatron-Core, from its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_klong.config import ModelConfig, ParallelConfig
+from megatron_klong.model.attention import RotaryTable
+from megatron_klong.model.decoder import DecoderConfig, MoeConfig
+from megatron_klong.model.row import Prediction, RowLayout
+from megatron_klong.model.specs import layer_specs, prediction_spec
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RowModel(GPTModel):
+    """Megatron's GPT over packed rows: their layout says positions and targets, nothing is derived.
+
+    Args (beside Megatron's):
+        rotary: tables of position embedding, made once for a row and used by every layer.
+        trains_prediction: whether multi-token prediction layers are trained; if not, they are held and saved
+            as they are, and never computed.
+    """
+
+    def __init__(self, *, rotary: RotaryTable, trains_prediction: bool, **options: object) -> None:
+        super().__init__(position_embedding_type="none", **options)
+        self.rotary = rotary
+        self.trains_prediction = trains_prediction and self.mtp_process
+        if self.mtp_process and not trains_prediction:
+            self.mtp.requires_grad_(False)
+
+    def forward(
+        self, tokens_1T: Tensor, row: RowLayout, labels_1T: Tensor, predicted: Sequence[Prediction] = ()
+    ) -> Tensor:
+        """Token losses, fp32 ``[1, T]``; on all but the last pipeline stage the hidden states.
+
+        Args:
+            tokens_1T: int64, of this context-parallel rank.
+            labels_1T: int64, the next token of each.
+            predicted: the targets of multi-token prediction, by depth. Their losses are added to the
+                gradient, not to the result.
+        """
+        assert row.positions_T is not None
+        row = replace(row, rotary_T1D=self.rotary(row.positions_T))
+        embedded = self.embedding(input_ids=tokens_1T, position_ids=None) if self.pre_process else None
+        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=row)
+        if not self.post_process:
+            return hidden
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+        if self.trains_prediction and self.training and torch.is_grad_enabled():
+            hidden = self._with_prediction(hidden, row, predicted)
+        logits, _ = self.output_layer(hidden, weight=weight)
+        losses: Tensor = self.compute_language_model_loss(labels_1T, logits)
+        return losses
+
+    def _with_prediction(self, hidden: Tensor, row: RowLayout, predicted: Sequence[Prediction]) -> Tensor:
+        """The hidden states as they are, with the gradient of the prediction losses tied to them."""
+        scale = self.config.mtp_loss_scaling_factor / len(self.mtp.layers)
+        states = hidden
+        for layer, target in zip(self.mtp.layers, predicted, strict=True):
+            states, _, _ = layer(
+                input_ids=None, position_ids=None, hidden_states=states, attention_mask=None,
+                packed_seq_params=row, embedding=self.embedding,
+            )  # fmt: skip
+            logits, _ = self.output_layer(states)
+            losses = self.compute_language_model_loss(target.labels_1T, logits) * target.loss_mask_1T
+            hidden = MTPLossAutoScaler.apply(hidden, losses * scale)
+        return hidden
+
+
+def build_model(
+    hf: DecoderConfig, parallel: ParallelConfig, settings: ModelConfig, row_tokens: int
+) -> RowModel:
+    """This rank's part of the model, its weights not yet set (see ``weights.load_weights``)."""
+    config = transformer_config(hf, parallel, settings)
+    model = RowModel(
+        config=config,
+        transformer_layer_spec=layer_specs(config),
+        mtp_block_spec=prediction_spec(config) if hf.prediction_layers else None,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=row_tokens,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        rotary=RotaryTable(hf.rotary_dim, hf.rope_theta),
+        trains_prediction=settings.prediction == "train",
+    )
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Megatron takes experts for dense weights where expert parallelism is off, and would not sum
+            # their gradients over tensor-parallel ranks, each of which has routed other tokens to them.
+            parameter.allreduce = False
+    return model
+
+
+def transformer_config(
+    hf: DecoderConfig, parallel: ParallelConfig, settings: ModelConfig
+) -> TransformerConfig:
+    """Megatron's description of the model (design, section 4).
+
+    The loss is summed over tokens and divided by the global count (``calculate_per_token_loss``).
+    """
+    dtype = _DTYPES[settings.precision]
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=hf.qk_norm,
+        init_method_std=hf.initializer_range,
+        # The values are overwritten, but only initialising marks weights as tensor parallel, and
+        # without the mark the gradient norm counts them on the first tensor-parallel rank alone.
+        perform_initialization=True,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=hf.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.tensor > 1,
+        calculate_per_token_loss=True,
+        mtp_num_layers=hf.prediction_layers or None,
+        mtp_loss_scaling_factor=settings.prediction_loss_weight,
+        moe_layer_freq=[int(hf.is_moe_layer(layer)) for layer in range(hf.num_hidden_layers)],
+        **(_moe_options(hf.moe, settings) if hf.moe else {}),
+    )
+
+
+def _moe_options(moe: MoeConfig, settings: ModelConfig) -> dict[str, object]:
+    router = settings.router
+    return {
+        "num_moe_experts": moe.experts,
+        "moe_ffn_hidden_size": moe.width,
+        "moe_shared_expert_intermediate_size": moe.shared_width or None,
+        "moe_grouped_gemm": False,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.scores,
+        # Softmax over all experts, of which the chosen ones keep their share; else over the chosen ones.
+        "moe_router_pre_softmax": moe.scores == "softmax" and not moe.normalized,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": router.bias_update_rate,
+        "moe_router_topk_scaling_factor": moe.scaling,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": router.balancing,
+        "moe_aux_loss_coeff": router.balancing_coefficient,
+        "moe_enable_routing_replay": router.replay,
+        "moe_token_dispatcher_type": "alltoall",
+    }
