@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Glm4MoeForCausalLM
 
+from megatron_klong.checks.verify import verify
 from megatron_klong.config import ParallelConfig
+from megatron_klong.convert import stored
+from megatron_klong.convert.checkpoint_reader import CheckpointReader
 from megatron_klong.convert.exporting import export_checkpoint
 from megatron_klong.convert.importing import import_checkpoint
+from megatron_klong.convert.stored import stored_tensors
 from megatron_klong.model.hf_config import load_hf_config
+from megatron_klong.model.weight_map import take_shard, weight_rules
+from megatron_klong.model.weights import rank_tensors
 from megatron_klong.platform import Platform
 from megatron_klong.training.checkpointing import SftProgress, save_checkpoint
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
+from tests.families import CONFIGS, ReferenceModel, changed
 from tests.ranks import RankPool
 
 FULL = ParallelConfig(tensor=2, pipeline=2, expert=2)
@@ -97,6 +105,67 @@ def test_shards_have_an_index_and_keep_to_their_size(per_expert: Path, tmp_path:
     assert torch.equal(model.lm_head.weight, tensors_of(per_expert)["lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name != "glm"])
+def test_every_family_round_trips(family: str, tmp_path: Path) -> None:
+    """Prediction layers with their copies, tied embeddings, norms of queries and keys; in shards too."""
+    folder = ReferenceModel(family).save(tmp_path / "hf")
+    original = tensors_of(folder)
+    import_checkpoint(folder, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", shard_bytes=100_000)
+    assert_same(tensors_of(tmp_path / "back"), original)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "fused", layout="fused")
+    import_checkpoint(tmp_path / "fused", tmp_path / "again")
+    export_checkpoint(tmp_path / "again", tmp_path / "once-more")
+    assert_same(tensors_of(tmp_path / "once-more"), original)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == [type(ReferenceModel(family).model).__name__]
+
+
+def test_large_tensors_are_converted_in_pieces(
+    per_expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "PIECE_BYTES", 1000)
+    import_checkpoint(per_expert, tmp_path / "megatron")
+    reader = CheckpointReader(tmp_path / "megatron")
+    (head,) = [t for t in stored_tensors(load_hf_config(per_expert)) if t.key == "output_layer.weight"]
+    assert len(reader.pieces(head)) == 14  # 96 rows of 128 bytes, 7 at a time
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(per_expert))
+
+
+COPY = "model.layers.4.shared_head.head.weight"
+
+
+def test_copies_may_lack_and_must_be_equal(tmp_path: Path) -> None:
+    """A prediction layer's embedding and head, and the head of tied embeddings, repeat other tensors."""
+    predicting = ReferenceModel("glm-prediction").save(tmp_path / "hf")
+    original = tensors_of(predicting)
+    import_checkpoint(change(predicting, tmp_path / "without", **{COPY: None}), tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), original)
+    other = change(predicting, tmp_path / "other", **{COPY: original[COPY] + 1e-6})
+    with pytest.raises(ValueError, match=r"shared_head\.head\.weight' differs from 'lm_head\.weight'"):
+        import_checkpoint(other, tmp_path / "refused")
+
+    tied = ReferenceModel("qwen3-tied").save(tmp_path / "tied")
+    embedding = tensors_of(tied)["model.embed_tokens.weight"]
+    repeated = change(tied, tmp_path / "repeated", **{"lm_head.weight": embedding.clone()})
+    import_checkpoint(repeated, tmp_path / "tied-megatron")
+    export_checkpoint(tmp_path / "tied-megatron", tmp_path / "tied-back")
+    assert_same(tensors_of(tmp_path / "tied-back"), tensors_of(tied))
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
+        import_checkpoint(
+            change(tied, tmp_path / "untied", **{"lm_head.weight": embedding * 2}), tmp_path / "refused"
+        )
+
+
+def test_prediction_layers_that_are_missing_are_named_with_the_way_out(tmp_path: Path) -> None:
+    folder = ReferenceModel("glm-prediction").save(tmp_path / "hf")
+    broken = change(folder, tmp_path / "broken", **{"model.layers.4.eh_proj.weight": None})
+    with pytest.raises(ValueError, match=r"layers\.4\.eh_proj\.weight' is missing; set num_nextn_predict"):
+        import_checkpoint(broken, tmp_path / "megatron")
+
+
 def train_and_save(platform: Platform, folder: Path, out: Path, parallel: ParallelConfig) -> float:
     """Three steps from a start, saved; the loss after them."""
     config = reference.sft_config(parallel, folder)
@@ -130,19 +199,82 @@ def test_trained_weights_leave_for_transformers(
     assert torch.equal(tensors_of(tmp_path / "hf")[BIAS], tensors_of(per_expert)[BIAS])
 
 
+def train_and_dump(platform: Platform, folder: Path, out: Path, parallel: ParallelConfig) -> None:
+    """Two steps in which everything learns; the checkpoint, and each rank's own tensors beside it."""
+    settings = changed(reference.settings(parallel, folder), prediction="train")
+    trainer = build_trainer(settings, load_hf_config(folder), platform)
+    ways, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    rows = reference.packed(reference.batch())[rank::ways]
+    for _ in range(2):
+        train_step(trainer, rows, sft_objective)
+    save_checkpoint(trainer, SftProgress(2, 8), out, keep_last=1)
+    model = trainer.model.module
+    group = model.pg_collection.tp
+    held = {name: tensor.detach().clone() for name, tensor in rank_tensors(model).items()}
+    torch.save((group.rank(), group.size(), held), out / f"rank-{torch.distributed.get_rank()}.pt")
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel", "world"),
+    [
+        ("glm-prediction", FULL, 4),
+        ("glm-prediction", ParallelConfig(context=2, expert=4), 4),
+        ("qwen3-moe", FULL, 4),
+        ("qwen3-tied", ParallelConfig(tensor=2, pipeline=2), 4),
+        ("glm", ParallelConfig(tensor=2), 2),
+    ],
+    ids=str,
+)
+def test_trained_weights_leave_as_the_ranks_hold_them(
+    ranks: RankPool, tmp_path: Path, family: str, parallel: ParallelConfig, world: int
+) -> None:
+    folder = ReferenceModel(family).save(tmp_path / "hf")
+    import_checkpoint(folder, tmp_path / "start")
+    ranks.run(
+        train_and_dump, parallel, world, folder=tmp_path / "start", out=tmp_path / "run", parallel=parallel
+    )
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+    exported, before = tensors_of(tmp_path / "back"), tensors_of(folder)
+    assert exported.keys() == before.keys()
+    rules = weight_rules(load_hf_config(folder))
+    seen = set()
+    for number in range(world):
+        tp_rank, tp_size, held = torch.load(tmp_path / "run" / f"rank-{number}.pt")
+        for name, tensor in held.items():
+            rule = rules[name]
+            whole = rule.join.join([exported[part.name] for part in rule.hf])
+            assert torch.equal(take_shard(rule.shard, whole, tp_rank, tp_size), tensor), name
+            seen |= {part.name for part in rule.hf} | {
+                copy.name for copy in rule.copies if rule.writes_copies
+            }
+    assert seen == exported.keys()
+    still = {name for name in before if torch.equal(before[name], exported[name])}
+    assert all("correction_bias" in name for name in still)  # everything else has learned
+
+
 def first_loss(platform: Platform, folder: Path, parallel: ParallelConfig) -> float:
     trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
     return evaluate(trainer, reference.packed(reference.batch()), sft_objective).loss
 
 
-@pytest.mark.parametrize("parallel", [FULL, ParallelConfig(pipeline=4), ParallelConfig(expert=4)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("glm-prediction", FULL),
+        ("glm", ParallelConfig(pipeline=4)),
+        ("glm", ParallelConfig(expert=4)),
+        ("qwen3-tied", ParallelConfig(tensor=2, pipeline=2)),
+    ],
+    ids=str,
+)
 def test_an_imported_checkpoint_is_the_folder_at_any_layout(
-    ranks: RankPool, per_expert: Path, tmp_path: Path, parallel: ParallelConfig
+    ranks: RankPool, tmp_path: Path, family: str, parallel: ParallelConfig
 ) -> None:
-    import_checkpoint(per_expert, tmp_path / "megatron")
+    folder = ReferenceModel(family).save(tmp_path / "hf")
+    import_checkpoint(folder, tmp_path / "megatron")
     world = parallel.world_size
     imported = ranks.run(first_loss, parallel, world, folder=tmp_path / "megatron", parallel=parallel)
-    direct = ranks.run(first_loss, parallel, world, folder=per_expert, parallel=parallel)
+    direct = ranks.run(first_loss, parallel, world, folder=folder, parallel=parallel)
     assert imported == direct
 
 
@@ -224,6 +356,61 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
 
 
+def test_no_room_is_said_before_anything_is_written(
+    per_expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_checkpoint(per_expert, tmp_path / "megatron")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
+    with pytest.raises(ValueError, match=r"hf: 0\.00 GB will be written, and the disk has 0\.00 GB left"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    with pytest.raises(ValueError, match="the disk has"):
+        import_checkpoint(per_expert, tmp_path / "megatron-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "metadata", "bytes"])
+def test_a_damaged_checkpoint_is_refused(per_expert: Path, tmp_path: Path, damage: str) -> None:
+    import_checkpoint(per_expert, tmp_path / "megatron")
+    (data,) = (tmp_path / "megatron").glob("*.distcp")
+    if damage == "cut":
+        data.write_bytes(data.read_bytes()[:-2000])
+        message = r"'.*' ends at byte \d+ of __0_0\.distcp, which has \d+ bytes: missing, or cut short"
+    elif damage == "gone":
+        data.unlink()
+        message = "of __0_0\\.distcp, which has 0 bytes"
+    elif damage == "metadata":
+        (tmp_path / "megatron" / ".metadata").write_bytes(b"junk")
+        message = r"its \.metadata cannot be read"
+    else:
+        data.write_bytes(b"\xff" * data.stat().st_size)
+        message = r"__0_0\.distcp: tensor '.*' is damaged"
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    assert not list(tmp_path.glob("*hf*"))
+
+
+def test_verify_compares_bits_logits_and_tokens(per_expert: Path, tmp_path: Path) -> None:
+    import_checkpoint(per_expert, tmp_path / "megatron")
+    same = verify(per_expert, tmp_path / "megatron", generate=4)
+    assert same.passed and same.by == ("transformers", "Megatron-Core")
+    assert (same.weights.tensors, same.weights.differences) == (129, ())
+    assert same.logits is not None and same.logits < 1e-4
+    assert same.tokens is not None and same.tokens[0] == same.tokens[1] and len(same.tokens[0]) == 4
+    name = "model.layers.3.mlp.experts.7.down_proj.weight"
+    tensor = tensors_of(per_expert)[name].clone()
+    tensor[5, 7] += 0.5
+    other = change(per_expert, tmp_path / "other", **{name: tensor})
+    differs = verify(tmp_path / "megatron", other, weights_only=True)
+    assert not differs.passed and differs.not_run == "not asked for"
+    (difference,) = differs.weights.differences
+    assert difference.name == name and difference.largest == pytest.approx(0.5, rel=0.02)
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 1e-6}))
+    with pytest.raises(ValueError, match=r"models of other shapes: rms_norm_eps is 1e-05 in .* and 1e-06 in"):
+        verify(tmp_path / "megatron", other)
+
+
 def test_the_commands_and_the_tools_are_one(per_expert: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
@@ -238,5 +425,9 @@ def test_the_commands_and_the_tools_are_one(per_expert: Path, tmp_path: Path) ->
     assert_same(tensors_of(Path(back)), tensors_of(per_expert))
     again = run(str(tools / "convert_megatron_to_hf.py"), megatron, back)
     assert again == f"error: {back} exists already; name a new folder, or delete it first"
+    verified = run("-m", "megatron_klong.cli", "convert", "verify", str(per_expert), megatron)
+    assert "bits: all the same" in verified and "greedy tokens: 16 of 16 the same" in verified
+    wrong = run("-m", "megatron_klong.cli", "convert", "verify", megatron, back, "--prompt", "5,x")
+    assert wrong == "error: --prompt '5,x': write token ids with commas between, such as 5,17,3"
     nothing = run("-m", "megatron_klong.cli", "convert", "export", str(per_expert), back + "2")
     assert "no Megatron distributed checkpoint here" in nothing

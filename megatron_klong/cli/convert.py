@@ -10,6 +10,7 @@ import typer
 from megatron_klong.cli.shared import AsJson, counter, print_json, quiet
 
 if TYPE_CHECKING:
+    from megatron_klong.checks.verify import Verification
     from megatron_klong.convert.folders import ConversionReport
 
 app = typer.Typer(help="Checkpoints from and to Hugging Face, bit for bit.", no_args_is_help=True)
@@ -57,6 +58,66 @@ def import_weights(
     with counter("importing", "tensors") as tick:
         report = import_checkpoint(hf_dir, megatron_dir, on_tensor=tick)
     _print_conversion(report, as_json)
+
+
+@app.command("verify")
+def verify_checkpoints(
+    one: Annotated[Path, typer.Argument(help="Hugging Face folder, Megatron checkpoint or run directory.")],
+    two: Annotated[Path, typer.Argument(help="The same, of either kind.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Token ids with commas between. Default: 24 random ones.")
+    ] = None,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens that both models go on with.")] = 16,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not compute the models.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints: names, shapes, bits, then logits on a prompt, then greedy tokens.
+
+    A Hugging Face folder is computed by transformers, a Megatron checkpoint by Megatron-Core, both in fp32.
+    Exit code 1 when they differ.
+
+    Example: klong convert verify exported glm-megatron
+    """
+    quiet()
+    from megatron_klong.checks.verify import verify
+
+    ids = _token_ids(prompt) if prompt is not None else None
+    with counter("comparing", "tensors") as tick:
+        result = verify(one, two, prompt=ids, generate=generate, weights_only=weights_only, on_tensor=tick)
+    if as_json:
+        print_json(result)
+    else:
+        _print_verification(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--prompt {text!r}: write token ids with commas between, such as 5,17,3") from None
+
+
+def _print_verification(result: Verification) -> None:
+    weights = result.weights
+    print(f"names and shapes: {weights.tensors} tensors, {weights.bytes:,} bytes, the same in both")
+    if not weights.differences:
+        print("bits: all the same")
+    for each in weights.differences[:20]:
+        print(f"bits: {each.name} differs by up to {each.largest:.3g} ({each.dtypes[0]}, {each.dtypes[1]})")
+    if len(weights.differences) > 20:
+        print(f"bits: {len(weights.differences) - 20} more tensors differ")
+    if result.not_run:
+        print(f"logits and tokens: not compared: {result.not_run}")
+        return
+    assert result.by is not None and result.tokens is not None
+    print(
+        f"logits ({result.by[0]} and {result.by[1]}, fp32): differ by up to {result.logits:.2g}, "
+        f"standard deviation {result.scale:.2g}"
+    )
+    same = sum(a == b for a, b in zip(*result.tokens))
+    print(f"greedy tokens: {same} of {len(result.tokens[0])} the same")
 
 
 def _print_conversion(report: ConversionReport, as_json: bool) -> None:

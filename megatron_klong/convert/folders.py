@@ -29,18 +29,26 @@ class ConversionReport:
 
 
 @contextmanager
-def complete_or_absent(target: Path) -> Iterator[Path]:
+def complete_or_absent(target: Path, size: int) -> Iterator[Path]:
     """A folder to write into that gets the name ``target`` only when the block ends well.
 
+    Args:
+        size: bytes that will be written, at least.
+
     Raises:
-        ValueError: the target exists and is not an empty folder.
+        ValueError: the target exists and is not an empty folder, or the disk has not that much room.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already; name a new folder, or delete it first")
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
+        free = shutil.disk_usage(unfinished).free
+        if free < size:
+            raise ValueError(
+                f"{target}: {size / 1e9:,.2f} GB will be written, and the disk has {free / 1e9:,.2f} GB left"
+            )
         yield unfinished
         if target.exists():
             target.rmdir()

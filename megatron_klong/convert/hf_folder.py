@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_klong.convert.stored import stored_tensors
 from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.weight_map import HfTensor
 from megatron_klong.model.weights import WeightSource, safetensors_weights
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,14 +58,17 @@ class HfFolder:
             ValueError: names the first missing, misshapen or unknown tensor.
         """
         expected: dict[str, tuple[int, ...]] = {}
+        copies: dict[str, HfTensor] = {}
         for stored in stored_tensors(config):
+            copies |= {copy.name: stored.rules[0].hf[0] for copy in stored.copies}
             fused = stored.stacked and stored.hf_tensors("fused")[0].name in self._headers
             expected |= {
                 part.name: part.shape for part in stored.hf_tensors("fused" if fused else "per-expert")
             }
+        expected |= {name: copy.shape for name, copy in copies.items() if name in self._headers}
         for name, shape in expected.items():
             if name not in self._headers:
-                raise ValueError(f"{self.path}: tensor {name!r} is missing")
+                raise ValueError(f"{self.path}: tensor {name!r} is missing{_hint(name, config)}")
             found = tuple(self._headers[name].get_shape())
             if found != shape:
                 raise ValueError(f"{self.path}: tensor {name!r} has shape {found}, the config wants {shape}")
@@ -73,13 +78,39 @@ class HfFolder:
             raise ValueError(
                 f"{self.path}: tensor {min(others - prediction)!r} is none of the config's model"
             )
+        for name, original in copies.items():
+            if name in self._headers and not self._equal(name, original.name):
+                raise ValueError(
+                    f"{self.path}: tensor {name!r} differs from {original.name!r}, which the model uses in "
+                    "its place"
+                )
         return {"multi-token prediction layers": len(prediction)} if prediction else {}
+
+    def _equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same bits, looked at in pieces."""
+        one, two = self._headers[name], self._headers[other]
+        if one.get_dtype() != two.get_dtype():
+            return False
+        rows = one.get_shape()[0]
+        bounds = range(0, rows, 4096)
+        return all(bitwise_equal(one[at : at + 4096], two[at : at + 4096]) for at in bounds)
 
     def _held_as(self, name: str) -> str:
         if name in self._headers:
             return name
         layer, _, rest = name.partition(".experts.")
         return f"{layer}.experts.{'down_proj' if '.down_proj.' in rest else 'gate_up_proj'}"
+
+
+def bitwise_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors of one shape and type have the same bits (NaNs too)."""
+    return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+
+
+def _hint(name: str, config: DecoderConfig) -> str:
+    if config.prediction_layers and _is_prediction_layer(name, config):
+        return "; set num_nextn_predict_layers to 0 in its config.json to leave that layer out"
+    return ""
 
 
 def _is_prediction_layer(name: str, config: DecoderConfig) -> bool:

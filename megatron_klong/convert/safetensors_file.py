@@ -38,7 +38,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._entries = list(entries)
-        self._written = 0
+        self._written = self._rows = 0
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
         for entry in entries:
@@ -58,12 +58,17 @@ class SafetensorsWriter:
         """Whether every announced tensor is in the file."""
         return self._written == len(self._entries)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next announced tensor."""
+    def write(self, name: str, tensor: Tensor) -> bool:
+        """Append the next announced tensor, or the next rows of it; whether it is complete."""
         entry = self._entries[self._written]
-        assert (name, tuple(tensor.shape), tensor.dtype) == (entry.name, entry.shape, entry.dtype)
+        assert (name, tuple(tensor.shape[1:]), tensor.dtype) == (entry.name, entry.shape[1:], entry.dtype)
         self._file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-        self._written += 1
+        self._rows += tensor.shape[0]
+        assert self._rows <= entry.shape[0], name
+        if self._rows < entry.shape[0]:
+            return False
+        self._written, self._rows = self._written + 1, 0
+        return True
 
     def __enter__(self) -> SafetensorsWriter:
         return self

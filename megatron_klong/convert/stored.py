@@ -8,18 +8,21 @@ whole difference.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.weight_map import HfTensor, Rule, weight_rules
+from megatron_klong.model.weight_map import HfTensor, Rule, Same, weight_rules
 from megatron_klong.model.weights import WeightSource
+
+PIECE_BYTES = 128 << 20
+"""Large tensors are converted in pieces of about this size."""
 
 ExpertLayout = Literal["per-expert", "fused"]
 """How a Hugging Face checkpoint holds routed experts: a tensor for each, or one for all of a layer."""
@@ -28,6 +31,14 @@ _FUSED_NORM = "self_attention.linear_qkv.layer_norm_weight"
 _FUSED_DENSE_NORM = "mlp.linear_fc1.layer_norm_weight"
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.\d+\.")
 _HF_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stored tensor along its first dimension: experts, or rows."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -50,23 +61,59 @@ class StoredTensor:
         one = self.rules[0].shape
         return (len(self.rules), *one) if self.stacked else one
 
+    @property
+    def copies(self) -> tuple[HfTensor, ...]:
+        """Hugging Face tensors that repeat it."""
+        return self.rules[0].copies
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it is one Hugging Face tensor, unchanged, which can be converted row by row."""
+        return not self.stacked and isinstance(self.rules[0].join, Same)
+
     def hf_tensors(self, layout: ExpertLayout) -> tuple[HfTensor, ...]:
-        """The Hugging Face tensors it consists of, in the order of :meth:`split`."""
+        """The Hugging Face tensors it consists of, without its copies."""
         if self.stacked and layout == "fused":
             return (HfTensor(self._fused_name(), self.shape),)
         return tuple(part for rule in self.rules for part in rule.hf)
 
-    def split(self, full: Tensor, layout: ExpertLayout) -> list[Tensor]:
-        """The Hugging Face tensors of a whole stored tensor; views where the map allows."""
-        if self.stacked and layout == "fused":
-            return [full]
-        slices = full.unbind(0) if self.stacked else (full,)
-        return [part for rule, one in zip(self.rules, slices) for part in rule.join.split(one)]
+    def pieces(self, itemsize: int) -> list[Piece]:
+        """What it can be made from one after the other: experts, rows of one tensor, or all at once.
 
-    def join(self, source: WeightSource) -> Tensor:
-        """The whole stored tensor from Hugging Face tensors."""
-        slices = [rule.join.join([source(part) for part in rule.hf]) for rule in self.rules]
-        return torch.stack(slices) if self.stacked else slices[0]
+        Args:
+            itemsize: bytes of an element.
+        """
+        count = self.shape[0]
+        if self.stacked:
+            return [Piece(expert, expert + 1) for expert in range(count)]
+        if not self.is_same:
+            return [Piece(0, count)]
+        step = max(1, PIECE_BYTES // max(1, math.prod(self.shape[1:]) * itemsize))
+        return [Piece(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def make(self, piece: Piece, source: WeightSource) -> Tensor:
+        """A piece from Hugging Face tensors."""
+        if self.stacked:
+            rule = self.rules[piece.start]
+            return rule.join.join([source(part) for part in rule.hf]).unsqueeze(0)
+        rule = self.rules[0]
+        if self.is_same:
+            return source(rule.hf[0])[piece.start : piece.stop]
+        return rule.join.join([source(part) for part in rule.hf])
+
+    def split(self, piece: Piece, tensor: Tensor, layout: ExpertLayout) -> list[tuple[str, Tensor]]:
+        """A piece as Hugging Face tensors by name, or parts of them; views where the map allows."""
+        if self.stacked and layout == "fused":
+            return [(self._fused_name(), tensor)]
+        if self.is_same:
+            return [(self.rules[0].hf[0].name, tensor)]
+        rules = self.rules[piece.start : piece.stop] if self.stacked else self.rules
+        slices = tensor.unbind(0) if self.stacked else (tensor,)
+        return [
+            (hf.name, part)
+            for rule, one in zip(rules, slices, strict=True)
+            for hf, part in zip(rule.hf, rule.join.split(one), strict=True)
+        ]
 
     def _fused_name(self) -> str:
         name = self.rules[0].hf[0].name

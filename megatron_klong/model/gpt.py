@@ -38,13 +38,18 @@ class RowModel(GPTModel):
             self.mtp.requires_grad_(False)
 
     def forward(
-        self, tokens_1T: Tensor, row: RowLayout, labels_1T: Tensor, predicted: Sequence[Prediction] = ()
+        self,
+        tokens_1T: Tensor,
+        row: RowLayout,
+        labels_1T: Tensor | None = None,
+        predicted: Sequence[Prediction] = (),
     ) -> Tensor:
         """Token losses, fp32 ``[1, T]``; on all but the last pipeline stage the hidden states.
 
         Args:
             tokens_1T: int64, of this context-parallel rank.
-            labels_1T: int64, the next token of each.
+            labels_1T: int64, the next token of each. Without them the logits are returned, of this
+                tensor-parallel rank's part of the vocabulary, ``[1, T, V / TP]``.
             predicted: the targets of multi-token prediction, by depth. Their losses are added to the
                 gradient, not to the result.
         """
@@ -60,6 +65,8 @@ class RowModel(GPTModel):
         if self.trains_prediction and self.training and torch.is_grad_enabled():
             hidden = self._with_prediction(hidden, row, predicted)
         logits, _ = self.output_layer(hidden, weight=weight)
+        if labels_1T is None:
+            return logits.transpose(0, 1)
         losses: Tensor = self.compute_language_model_loss(labels_1T, logits)
         return losses
 

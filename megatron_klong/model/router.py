@@ -92,7 +92,7 @@ def replayed_routing(model: GPTModel, chosen: list[Tensor]) -> Iterator[None]:
 def _replays(model: GPTModel) -> list[RouterReplay]:
     found = [router.router_replay for router in routers(model)]
     if any(replay is None for replay in found):
-        raise ValueError("routing replay: build the model with model.routing_replay=true")
+        raise ValueError("routing replay: build the model with model.router.replay=true")
     return found
 
 
