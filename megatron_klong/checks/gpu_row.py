@@ -70,10 +70,10 @@ def _second_gpu() -> str:
 def _parity(precision: Precision, folder: Path) -> str:
     from megatron_klong.checks.reference import random_prompts, reference_log_probs
     from megatron_klong.checks.sync import TOLERANCE
-    from megatron_klong.checks.tiny import SHAPE, write_tiny_model
+    from megatron_klong.checks.tiny import tiny_shape, write_tiny_model
 
     weights = write_tiny_model(folder / "model", precision)
-    prompts = random_prompts(int(str(SHAPE["vocab_size"])), PROMPT_TOKENS)
+    prompts = random_prompts(int(str(tiny_shape()["vocab_size"])), PROMPT_TOKENS)
     theirs = reference_log_probs(weights, precision, prompts)
     assert theirs is not None
 

@@ -119,7 +119,7 @@ def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
 def _global_name(model: GPTModel, name: str) -> str:
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"  # a later stage's copy
-    parts = name.split(".")
+    parts = canonical_name(name).split(".")
     if parts[:2] == ["decoder", "layers"]:
         layer = model.decoder.layers[int(parts[2])]
         parts[2] = str(layer.layer_number - 1)
@@ -129,6 +129,16 @@ def _global_name(model: GPTModel, name: str) -> str:
         place = parts.index("local_experts") + 1
         parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
     return ".".join(parts)
+
+
+def canonical_name(name: str) -> str:
+    """The map's name of a parameter that Transformer Engine's layers name otherwise.
+
+    Its linear layers hold the norm before them, and its grouped experts a numbered weight each.
+    """
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    return re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 
 
 @torch.no_grad()
