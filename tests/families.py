@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3
 from transformers.modeling_layers import MtpLayer
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeRMSNorm
 
+from megatron_klong.model.weights import by_global_name
+from megatron_klong.training.trainer import Trainer
 from tests import reference
 
 _QWEN = {
@@ -150,3 +152,9 @@ def _masked(logits: Tensor, tokens: Tensor, mask: Tensor, ahead: int) -> Tensor:
 def changed(settings: Any, **model: Any) -> Any:
     """Trainer settings with other fields of their model."""
     return settings.model_copy(update={"model": settings.model.model_copy(update=model)})
+
+
+def rank_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """The gradient buffers of a rank's parameters, by the map's names."""
+    model = trainer.model.module
+    return by_global_name(model, {name: each.main_grad for name, each in model.named_parameters()})

@@ -12,13 +12,12 @@ from torch import Tensor
 from megatron_klong.config import ParallelConfig
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.weight_map import take_shard, weight_rules
-from megatron_klong.model.weights import rank_tensors
 from megatron_klong.platform import Platform
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import forward_backward
 from megatron_klong.training.trainer import Trainer, build_trainer
 from tests import reference
-from tests.families import CONFIGS, PREDICTION_LOSS_WEIGHT, ReferenceModel, changed
+from tests.families import CONFIGS, PREDICTION_LOSS_WEIGHT, ReferenceModel, changed, rank_gradients
 from tests.ranks import RankPool
 
 
@@ -79,13 +78,11 @@ def loss_and_errors(
     expected: dict[str, Tensor] = torch.load(gradients)
     rules, errors, covered = weight_rules(hf), {}, set()
     group = trainer.model.module.pg_collection.tp
-    for name, tensor in rank_tensors(trainer.model.module).items():
-        if not isinstance(tensor, torch.nn.Parameter):
-            continue
+    for name, gradient in rank_gradients(trainer).items():
         rule = rules[name]
         whole = rule.join.join([expected[part.name] for part in rule.hf])
         share = take_shard(rule.shard, whole, group.rank(), group.size())
-        errors[name] = float((tensor.main_grad - share).norm() / whole.norm())
+        errors[name] = float((gradient - share).norm() / whole.norm())
         covered |= {part.name for part in rule.hf}
     return sums.loss, errors, covered
 

@@ -20,6 +20,7 @@ from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, forward_backward, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
+from tests.families import rank_gradients
 from tests.ranks import RankPool
 
 ONE = ParallelConfig()
@@ -53,11 +54,10 @@ def loss_and_gradients(platform: Platform, folder: Path) -> tuple[float, dict[st
     trainer.model.zero_grad_buffer()
     sums = forward_backward(trainer, reference.packed(reference.batch()), sft_objective, forward_only=False)
     rules, gradients = weight_rules(hf), {}
-    for name, tensor in rank_tensors(trainer.model.module).items():
-        if isinstance(tensor, torch.nn.Parameter):
-            rule = rules[name]
-            parts = rule.join.split(tensor.main_grad)
-            gradients |= {part.name: grad.clone() for part, grad in zip(rule.hf, parts, strict=True)}
+    for name, gradient in rank_gradients(trainer).items():
+        rule = rules[name]
+        parts = rule.join.split(gradient)
+        gradients |= {part.name: grad.clone() for part, grad in zip(rule.hf, parts, strict=True)}
     return sums.loss, gradients
 
 

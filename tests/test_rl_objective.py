@@ -30,6 +30,7 @@ from megatron_klong.training.step import forward_backward
 from megatron_klong.training.temperature import at_temperature
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
+from tests.families import rank_gradients
 from tests.ranks import RankPool
 
 VOCAB = int(str(reference.SHAPE["vocab_size"]))
@@ -222,10 +223,9 @@ def one_gradient(platform: Platform, folder: Path, temperature: float) -> dict[s
         objective = RlObjective(config.objective, trainer.device)
         forward_backward(trainer, filled, objective, forward_only=False)
     rules, gradients = weight_rules(load_hf_config(folder)), {}
-    for name, tensor in rank_tensors(trainer.model.module).items():
-        if isinstance(tensor, torch.nn.Parameter):
-            parts = rules[name].join.split(tensor.main_grad)
-            gradients |= {part.name: grad.clone() for part, grad in zip(rules[name].hf, parts, strict=True)}
+    for name, gradient in rank_gradients(trainer).items():
+        parts = rules[name].join.split(gradient)
+        gradients |= {part.name: grad.clone() for part, grad in zip(rules[name].hf, parts, strict=True)}
     return gradients
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_klong.model.attention import PackedAttention
+from megatron_klong.model.experts import GroupedExperts
 from megatron_klong.model.norm import RMSNorm
 from megatron_klong.model.router import Router
 from megatron_klong.model.row import RowLayout
@@ -69,7 +70,7 @@ def prediction_spec(config: TransformerConfig) -> MultiTokenPredictionBlockSubmo
 
 
 def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
-    """Megatron's own spec with our core attention, router and (without Transformer Engine) norm."""
+    """Megatron's spec with our attention and router and, without Transformer Engine, norms and experts."""
     experts = config.num_moe_experts if is_moe else None
     if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -79,14 +80,15 @@ def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
         spec = get_gpt_layer_local_spec(
             num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )
-        _use_our_norm(spec, config.qk_layernorm, is_moe)
+        _use_ours(spec, config.qk_layernorm, is_moe)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     if is_moe:
         spec.submodules.mlp.submodules.router = Router
     return spec
 
 
-def _use_our_norm(spec: ModuleSpec, qk_norm: bool, is_moe: bool) -> None:
+def _use_ours(spec: ModuleSpec, qk_norm: bool, is_moe: bool) -> None:
+    """Norms and experts of torch alone."""
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if qk_norm:
@@ -94,7 +96,9 @@ def _use_our_norm(spec: ModuleSpec, qk_norm: bool, is_moe: bool) -> None:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # Transformer Engine fuses norms into the linear layer behind them, but not into experts.
     layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not is_moe:
+    if is_moe:
+        layer.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
+    else:
         layer.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 

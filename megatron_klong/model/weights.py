@@ -106,14 +106,34 @@ def _from_fused(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
-    """Parameters and saved buffers of this rank by global Megatron name.
+    """Parameters and saved buffers of this rank by the map's names."""
+    persistent = model.state_dict(keep_vars=True)
+    return by_global_name(
+        model, {name: value for name, value in persistent.items() if isinstance(value, Tensor)}
+    )
+
+
+def by_global_name(model: GPTModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of this rank, which have the names of its parameters, by the map's names.
 
     Layer and expert numbers, which Megatron counts from 0 on every pipeline and expert rank, are
-    made global.
+    made global, and stacked experts are given one by one (as views).
     """
-    persistent = model.state_dict(keep_vars=True)
-    tensors = {name: value for name, value in persistent.items() if isinstance(value, Tensor)}
-    return {_global_name(model, name): tensor for name, tensor in tensors.items()}
+    return {
+        _global_name(model, one): part
+        for name, tensor in tensors.items()
+        for one, part in _unstacked(name, tensor).items()
+    }
+
+
+def _unstacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A rank's tensor by the name it has, or the experts that are stacked in it, one by one (views)."""
+    if ".experts." not in name or tensor.dim() < 3:
+        return {name: tensor}
+    above, _, layer = name.partition(".experts.")
+    return {
+        f"{above}.experts.local_experts.{number}.{layer}": part for number, part in enumerate(tensor.detach())
+    }
 
 
 def _global_name(model: GPTModel, name: str) -> str:
