@@ -1,10 +1,10 @@
 """A training step on Megatron-Core beside the same step in transformers: tokens per second, and by operation.
 
-    python -m benchmarks.train_step --out DIR [--preset NAME] [--rows N] [--row-tokens N] [--steps N]
+    python -m benchmarks.train_step --out DIR [--preset NAME] [--samples N] [--tokens N] [--steps N]
 
 Both have the same weights (fp32, from a seed), rows of random tokens and AdamW, torch's or Megatron's;
 each runs in a process of its own, with all cores, and says its losses: that they agree shows that it is the
-same work. Rows are micro-batches in Megatron and one batch in transformers, which is how each is used.
+same work. The samples are one batch in transformers and one packed row in Megatron.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Work:
     """What is computed."""
 
     model: Path
-    rows: int
-    row_tokens: int
+    samples: int
+    tokens: int
     steps: int
 
 
@@ -58,12 +58,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="tiny-glm-4.5")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", choices=("megatron", "transformers"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    work = Work(arguments.out / "model", arguments.rows, arguments.row_tokens, arguments.steps)
+    work = Work(arguments.out / "model", arguments.samples, arguments.tokens, arguments.steps)
     if arguments.only:
         result = {"megatron": by_megatron, "transformers": by_transformers}[arguments.only](work)
         (arguments.out / f"{arguments.only}.json").write_text(json.dumps(asdict(result)))
@@ -83,8 +83,10 @@ def main() -> int:
 
 def report(work: Work, results: dict[str, Result]) -> None:
     """The table."""
-    tokens = work.rows * work.row_tokens
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {work.rows} rows of {work.row_tokens} tokens, fp32")
+    tokens = work.samples * work.tokens
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores; {work.samples} samples of {work.tokens} tokens, fp32"
+    )
     for name, result in results.items():
         print(f"{name}: {result.seconds:.3f} s a step, {tokens / result.seconds:,.0f} tokens/s")
         shares = ", ".join(f"{operation} {share:.0%}" for operation, share in result.operations)
@@ -103,8 +105,8 @@ def write_model(preset: str, folder: Path) -> None:
 
 
 def batch(vocabulary: int, work: Work) -> np.ndarray:
-    """Random tokens ``[rows, row_tokens]``."""
-    return np.random.default_rng(0).integers(0, vocabulary, (work.rows, work.row_tokens))
+    """Random tokens ``[samples, tokens]``."""
+    return np.random.default_rng(0).integers(0, vocabulary, (work.samples, work.tokens))
 
 
 def timed(step: Callable[[], float], steps: int) -> Result:
@@ -175,14 +177,13 @@ def _on_one_rank(work: Work, here: object) -> Result:
     hf = load_hf_config(work.model)
     settings = TrainerSettings(
         model=ModelConfig(hf_config=work.model, weights=work.model, precision="fp32"),
-        parallel=ParallelConfig(), row_tokens=work.row_tokens, steps=1_000, seed=1,
+        parallel=ParallelConfig(), row_tokens=work.samples * work.tokens, steps=1_000, seed=1,
         optimizer=OptimizerConfig(lr=LEARNING_RATE, schedule="constant"),
     )  # fmt: skip
     trainer = build_trainer(settings, hf, here)  # type: ignore[arg-type]
-    every = np.ones(work.row_tokens, dtype=bool)
-    rows: Sequence[PackedRow] = [
-        fill_row([TrainingSample(ids, every, 0, 0)], work.row_tokens) for ids in batch(hf.vocab_size, work)
-    ]
+    every = np.ones(work.tokens, dtype=bool)
+    samples = [TrainingSample(ids, every, 0, number) for number, ids in enumerate(batch(hf.vocab_size, work))]
+    rows: Sequence[PackedRow] = [fill_row(samples, work.samples * work.tokens)]
     return timed(lambda: train_step(trainer, rows, sft_objective).loss, work.steps)
 
 

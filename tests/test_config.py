@@ -45,12 +45,16 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("optimizer.lr", "override 'optimizer.lr': write it as key=value"),
         ("optimizer.lr.x=1", "override 'optimizer.lr.x=1': lr is a value, not a section"),
         ("data.row_tokens=128", "data.row_tokens=128 is less than the window's max_tokens=256"),
-        ("data.row_tokens=257", "data.row_tokens=257 is no multiple of parallel.tensor=2"),
+        ("data.row_tokens=257", "data.row_tokens=257 is no multiple of 2, which parallel.tensor=2"),
+        ("model.preset=tiny-qwen3", "name either model.hf_config or model.preset"),
         ("run.dir=[", "override value '[': not YAML"),
         ("run.seed=-1", "run.seed=-1: Input should be greater than or equal to 0"),
         ("optimizer.lr=.inf", "optimizer.lr=inf: Input should be a finite number"),
         ("optimizer.min_lr=1", "optimizer.min_lr=1.0 must not exceed optimizer.lr=0.003"),
-        ("parallel.nproc=6", "6 ranks cannot hold tensor=2 x pipeline=2 with expert=2; use a multiple of 4"),
+        (
+            "parallel.nproc=6",
+            "6 ranks cannot hold tensor=2 x context=1 x pipeline=2 with expert=2; use a multiple of 4",
+        ),
         ("optimizer.warmup_steps=160", "warmup_steps=160 must be below the run's 160 optimizer steps"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Glm4MoeForCausalLM
 
+from benchmarks.conversion import PeakMemory
+from megatron_klong.checks.tiny import write_tiny_model
 from megatron_klong.checks.verify import verify
 from megatron_klong.config import ParallelConfig
 from megatron_klong.convert import stored
 from megatron_klong.convert.checkpoint_reader import CheckpointReader
+from megatron_klong.convert.compare import compare_weights
 from megatron_klong.convert.exporting import export_checkpoint
 from megatron_klong.convert.importing import import_checkpoint
 from megatron_klong.convert.stored import stored_tensors
@@ -128,7 +132,8 @@ def test_large_tensors_are_converted_in_pieces(
     import_checkpoint(per_expert, tmp_path / "megatron")
     reader = CheckpointReader(tmp_path / "megatron")
     (head,) = [t for t in stored_tensors(load_hf_config(per_expert)) if t.key == "output_layer.weight"]
-    assert len(reader.pieces(head)) == 14  # 96 rows of 128 bytes, 7 at a time
+    assert len(head.pieces(2)) == 14  # 96 rows of 128 bytes, 7 at a time
+    assert len(reader.metadata.state_dict_metadata[head.key].chunks) == 14
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(per_expert))
 
@@ -159,10 +164,10 @@ def test_copies_may_lack_and_must_be_equal(tmp_path: Path) -> None:
         )
 
 
-def test_prediction_layers_that_are_missing_are_named_with_the_way_out(tmp_path: Path) -> None:
+def test_prediction_layers_that_are_missing_are_named(tmp_path: Path) -> None:
     folder = ReferenceModel("glm-prediction").save(tmp_path / "hf")
     broken = change(folder, tmp_path / "broken", **{"model.layers.4.eh_proj.weight": None})
-    with pytest.raises(ValueError, match=r"layers\.4\.eh_proj\.weight' is missing; set num_nextn_predict"):
+    with pytest.raises(ValueError, match=r"layers\.4\.eh_proj\.weight' is missing"):
         import_checkpoint(broken, tmp_path / "megatron")
 
 
@@ -248,6 +253,8 @@ def test_trained_weights_leave_as_the_ranks_hold_them(
                 copy.name for copy in rule.copies if rule.writes_copies
             }
     assert seen == exported.keys()
+    import_checkpoint(tmp_path / "back", tmp_path / "again")
+    assert compare_weights(tmp_path / "run", tmp_path / "again").differences == ()  # cut otherwise
     still = {name for name in before if torch.equal(before[name], exported[name])}
     assert all("correction_bias" in name for name in still)  # everything else has learned
 
@@ -310,17 +317,63 @@ def test_folders_that_do_not_fit_are_refused_by_name(
     assert not list(tmp_path.glob("*megatron*"))
 
 
-def test_prediction_layers_are_left_out_and_counted(per_expert: Path, tmp_path: Path) -> None:
-    folder = change(per_expert, tmp_path / "hf", **{"model.layers.4.eh_proj.weight": torch.ones(2)})
+def test_prediction_layers_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Where the config says that there are none; other layers beyond the last are refused."""
+    folder = ReferenceModel("glm-prediction").save(tmp_path / "hf")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": 0}))
     report = import_checkpoint(folder, tmp_path / "megatron")
-    assert report.left_out == {"multi-token prediction layers": 1}
+    assert report.left_out == {"multi-token prediction layers": 44}
+    assert compare_weights(folder, tmp_path / "megatron").left_out == (report.left_out, {})
+    for family in ("qwen3", "glm"):
+        folder = ReferenceModel(family).save(tmp_path / family)
+        raw = json.loads((folder / "config.json").read_text())
+        shorter = raw | {"num_hidden_layers": 3} | ({"layer_types": None} if family == "qwen3" else {})
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in shorter.items() if v is not None}))
+        with pytest.raises(ValueError, match=r"tensor 'model\.layers\.3\..* is none of the config's model"):
+            import_checkpoint(folder, tmp_path / "refused")
+
+
+def test_the_index_says_which_files_are_read(per_expert: Path, tmp_path: Path) -> None:
+    import_checkpoint(per_expert, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf", shard_bytes=200_000)
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    stale = tmp_path / "hf" / "model-00001-of-00099.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(files[0]).items()}, stale)
+    assert compare_weights(tmp_path / "hf", per_expert).differences == ()
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    text = index.read_text()
+    index.unlink()
+    with pytest.raises(ValueError, match=r"tensor '.*' is in two files; remove those of another save"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "refused")
+    index.write_text(text)
+    files[2].unlink()
+    with pytest.raises(ValueError, match=rf"{files[2].name}: missing, damaged or cut short"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "refused")
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: cannot be read: KeyError"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "refused")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Ten times the layers, of 13 MB each in pieces of up to 4 MB."""
+    peaks = {}
+    for layers in (3, 30):
+        shape = {"num_hidden_layers": layers, "hidden_size": 512, "moe_intermediate_size": 256}
+        folder = write_tiny_model(tmp_path / f"{layers}", "fp32", **shape)
+        with PeakMemory() as importing:
+            import_checkpoint(folder, tmp_path / f"{layers}-megatron")
+        with PeakMemory() as exporting:
+            export_checkpoint(tmp_path / f"{layers}-megatron", tmp_path / f"{layers}-back")
+        peaks[layers] = max(importing.megabytes, exporting.megabytes)
+    assert peaks[30] < peaks[3] + 40
 
 
 def test_a_file_cut_short_is_refused(per_expert: Path, tmp_path: Path) -> None:
     shutil.copytree(per_expert, tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged or cut short"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing, damaged or cut short"):
         import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
 
 
@@ -343,17 +396,22 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     import_checkpoint(per_expert, tmp_path / "megatron")
     with pytest.raises(ValueError, match="megatron exists already"):
         import_checkpoint(per_expert, tmp_path / "megatron")
-    count = 0
 
-    def fail() -> None:
-        nonlocal count
-        count += 1
-        if count == 20:
-            raise OSError("no space left")
+    def fail(done: int, total: int) -> None:
+        if done > total // 2:
+            raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        export_checkpoint(tmp_path / "megatron", tmp_path / "hf", on_tensor=fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+    with pytest.raises(OSError, match="No space"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "hf", on_bytes=fail)
+    with pytest.raises(OSError, match="No space"):
+        import_checkpoint(per_expert, tmp_path / "megatron-2", on_bytes=fail)
+
+    def meanwhile(_done: int, _total: int) -> None:
+        with pytest.raises(ValueError, match="megatron-3: another process is making it"):
+            import_checkpoint(per_expert, tmp_path / "megatron-3")
+
+    import_checkpoint(per_expert, tmp_path / "megatron-3", on_bytes=meanwhile)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "megatron-3"]
 
 
 def test_no_room_is_said_before_anything_is_written(
@@ -405,6 +463,13 @@ def test_verify_compares_bits_logits_and_tokens(per_expert: Path, tmp_path: Path
     assert not differs.passed and differs.not_run == "not asked for"
     (difference,) = differs.weights.differences
     assert difference.name == name and difference.largest == pytest.approx(0.5, rel=0.02)
+    spoken = verify(tmp_path / "megatron", other, generate=4)
+    assert not spoken.passed and spoken.logits is not None and spoken.logits > 1e-3
+    assert not replace(spoken, weights=same.weights).passed  # the logits alone would do
+    assert not replace(same, tokens=((1, 2), (1, 3))).passed
+    assert not replace(same, not_run="broken", failed=True).passed
+    with pytest.raises(ValueError, match=r"prompt: ids must be from 0 to 95, got \[5, 96\]"):
+        verify(per_expert, per_expert, prompt=[5, 96])
     shape = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 1e-6}))
     with pytest.raises(ValueError, match=r"models of other shapes: rms_norm_eps is 1e-05 in .* and 1e-06 in"):
@@ -429,5 +494,14 @@ def test_the_commands_and_the_tools_are_one(per_expert: Path, tmp_path: Path) ->
     assert "bits: all the same" in verified and "greedy tokens: 16 of 16 the same" in verified
     wrong = run("-m", "megatron_klong.cli", "convert", "verify", megatron, back, "--prompt", "5,x")
     assert wrong == "error: --prompt '5,x': write token ids with commas between, such as 5,17,3"
+    name = "lm_head.weight"
+    altered = change(per_expert, tmp_path / "altered", **{name: tensors_of(per_expert)[name] * 2})
+    arguments = ["-m", "megatron_klong.cli", "convert", "verify", str(altered), megatron, "--weights-only"]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "bits: lm_head.weight differs by up to" in done.stdout
+    unfit = run(
+        "-m", "megatron_klong.cli", "convert", "export", megatron, back + "3", "--tokenizer", str(tmp_path)
+    )
+    assert "has none of tokenizer.json" in unfit
     nothing = run("-m", "megatron_klong.cli", "convert", "export", str(per_expert), back + "2")
     assert "no Megatron distributed checkpoint here" in nothing

@@ -61,8 +61,8 @@ def case_name(value: object) -> str:
 
 def loss_and_errors(
     platform: Platform, folder: Path, parallel: ParallelConfig, gradients: Path
-) -> tuple[float, dict[str, float], set[str]]:
-    """The loss; of each weight on this rank how far its gradient is off, relative to the whole one."""
+) -> tuple[tuple[float, float | None], dict[str, float], set[str]]:
+    """The losses; of each weight on this rank how far its gradient is off, relative to the whole one."""
     hf = load_hf_config(folder)
     settings = changed(
         reference.settings(parallel, folder),
@@ -84,7 +84,7 @@ def loss_and_errors(
         share = take_shard(rule.shard, whole, group.rank(), group.size())
         errors[name] = float((gradient - share).norm() / whole.norm())
         covered |= {part.name for part in rule.hf}
-    return sums.loss, errors, covered
+    return (sums.loss, sums.prediction_loss), errors, covered
 
 
 def gather_gradients(trainer: Trainer) -> None:
@@ -119,9 +119,10 @@ def test_loss_and_gradients_equal_transformers(
     answers = ranks.run(
         loss_and_errors, parallel, world, folder=folder, parallel=parallel, gradients=folder / "gradients.pt"
     )
-    main_loss = expected if "prediction" not in family else None  # the reported loss is the next token's
-    for loss, errors, _ in answers:
-        assert main_loss is None or loss == pytest.approx(main_loss, rel=1e-5)
+    for (loss, prediction), errors, _ in answers:
+        whole = loss + PREDICTION_LOSS_WEIGHT * (prediction or 0)
+        assert (prediction is not None) == ("prediction" in family)
+        assert whole == pytest.approx(expected, rel=1e-5)
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] < 1e-5, f"{worst}: {errors[worst]:.1e}"
     assert len({loss for loss, _, _ in answers}) == 1

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
-from megatron_klong.config import ParallelConfig, preset_file, preset_names
+from megatron_klong.config import ModelConfig, ParallelConfig, preset_file, preset_names
 from megatron_klong.model.hf_config import load_hf_config, parse_hf_config
-from megatron_klong.model.layout import check_layout
+from megatron_klong.model.layout import check_layout, check_settings
 from megatron_klong.model.weight_map import weight_rules
 from megatron_klong.model.weights import parameter_counts, rank_tensors
 from megatron_klong.platform import Platform
+from megatron_klong.training.checkpointing import SftProgress, load_checkpoint, save_checkpoint
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, forward_backward, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
-from tests.families import rank_gradients
+from tests.families import ReferenceModel, rank_gradients
 from tests.ranks import RankPool
 
 ONE = ParallelConfig()
@@ -247,6 +250,15 @@ def test_parameters_of_presets_equal_transformers(name: str) -> None:
         ({"norm_topk_prob": False}, "norm_topk_prob=False is not implemented; only True is"),
         ({"tie_word_embeddings": True, "num_nextn_predict_layers": 1}, "prediction layers with tie_word"),
         ({"n_group": 4}, "n_group=4 is not implemented"),
+        ({"model_type": ["glm4_moe"]}, r"model_type is \['glm4_moe'\]; known are"),
+        ({"num_mtp_layers": 1}, "num_nextn_predict_layers=0 and num_mtp_layers=1 contradict each other"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must be a number above 0"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 2.0}},
+            "rotates 64 dimensions; an even",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.01}}, "rotates 0 dimensions"),
+        ({"rope_parameters": {"factor": 4}}, r"field 'rope_parameters\.factor' is not known"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* is not implemented"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not implemented"),
         ({"sliding_window": 4}, "field 'sliding_window' is not known"),
@@ -266,6 +278,105 @@ def test_configs_that_are_not_implemented_are_refused(change: dict[str, object],
     parse_hf_config(raw, "x")
     with pytest.raises(ValueError, match=message):
         parse_hf_config({**raw, **change}, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window=True is not implemented; only False is"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"layer_types": "full"}, "layer_types has 'full'; only 'full_attention'"),
+        ({"attention_bias": True}, "attention_bias=True is not implemented"),
+        ({"mlp_only_layers": [1.5]}, r"mlp_only_layers=\[1\.5\] must be a list of integers"),
+        (
+            {"n_routed_experts": 8},
+            "'n_routed_experts' is not known to this package in a qwen3_moe model",
+        ),
+        ({"num_local_experts": 4}, "num_experts=8 and num_local_experts=4 contradict each other"),
+    ],
+)
+def test_configs_of_qwen_that_are_not_implemented_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    raw = json.loads(preset_file("tiny-qwen3-moe").read_text())
+    parse_hf_config(raw | {"mlp_only_layers": None, "layer_types": ["full_attention"] * 4}, "x")
+    with pytest.raises(ValueError, match=message):
+        parse_hf_config(raw | change, "x")
+
+
+@pytest.mark.parametrize("kind", [Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig])
+def test_a_field_that_is_left_out_has_the_default_of_transformers(kind: type[Any]) -> None:
+    """The whole config of theirs, and what is read from a file that says the family only."""
+    whole = kind().to_diff_dict()
+    assert {"vocab_size", "rope_parameters", "initializer_range"} <= whole.keys()
+    bare = {"model_type": kind.model_type, "head_dim": 128}  # what is derived is not even in GLM's
+    assert parse_hf_config(bare, "x") == parse_hf_config(whole | {"head_dim": 128}, "x")
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "message"),
+    [
+        ("tiny-qwen3", {"prediction": "train"}, "model.prediction=train: the model has no prediction layers"),
+        ("tiny-qwen3", {"router": {"replay": True}}, "model.router.replay=true: the model has no experts"),
+        (
+            "tiny-qwen3-moe",
+            {"router": {"bias_update_rate": 0.1}},
+            "bias_update_rate=0.1: the model has no bias for choosing experts",
+        ),
+        (
+            "tiny-qwen3",
+            {"router": {"balancing": "aux_loss", "balancing_coefficient": 0.1}},
+            "model.router.balancing=aux_loss: the model has no experts; leave the setting out",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(preset: str, model: dict[str, Any], message: str) -> None:
+    settings = ModelConfig.model_validate({"preset": preset, **model})
+    with pytest.raises(ValueError, match=message):
+        check_settings(load_hf_config(settings.shape), settings)
+    check_settings(load_hf_config(preset_file("tiny-glm-4.5")), settings)
+
+
+def test_a_model_is_named_once() -> None:
+    for given, message in (
+        ({}, "name either model.hf_config or model.preset"),
+        ({"preset": "tiny-qwen3", "hf_config": "x"}, "name either"),
+        ({"preset": "tiny"}, "model.preset='tiny': known are glm-4.5-air, "),
+        ({"preset": "tiny-qwen3", "router": {"balancing": "aux_loss"}}, "name both, or neither"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.model_validate(given)
+
+
+def leave_and_resume(
+    platform: Platform, folder: Path, out: Path, parallel: ParallelConfig, resume: bool
+) -> tuple[float, bool, int]:
+    """Two steps with prediction layers left alone (or what was saved then): loss, unchanged?, how many."""
+    trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
+    model = trainer.model.module
+    start = {n: t.clone() for n, t in rank_tensors(model).items() if n.startswith("mtp.")}
+    rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rows = reference.packed(reference.batch())[rank::ways]
+    if resume:
+        assert load_checkpoint(trainer, out / "step_00000002", SftProgress) == SftProgress(2, 8)
+    else:
+        for _ in range(2):
+            train_step(trainer, rows, sft_objective)
+        save_checkpoint(trainer, SftProgress(2, 8), out, keep_last=1)
+    after = rank_tensors(model)
+    same = all(torch.equal(after[name], tensor) for name, tensor in start.items())
+    return train_step(trainer, rows, sft_objective).loss, same, len(start)
+
+
+def test_prediction_layers_that_are_left_alone_stay_and_are_saved(ranks: RankPool, tmp_path: Path) -> None:
+    folder = ReferenceModel("glm-prediction").save(tmp_path / "hf")
+    first, second = ParallelConfig(tensor=2, pipeline=2, expert=2), ParallelConfig(context=2, expert=2)
+    arguments = {"folder": folder, "out": tmp_path / "run"}
+    saved = ranks.run(leave_and_resume, first, 4, parallel=first, resume=False, **arguments)
+    resumed = ranks.run(leave_and_resume, second, 2, parallel=second, resume=True, **arguments)
+    assert all(same for _, same, _ in (*saved, *resumed))
+    assert sum(count for _, _, count in saved) > 0 < resumed[0][2]
+    assert resumed[0][0] == pytest.approx(saved[0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,7 @@ LAYOUTS = [
     (ParallelConfig(expert=2), 2),
     (ParallelConfig(tensor=2, pipeline=2, expert=2), 4),
     (ParallelConfig(expert=4), 4),
+    (ParallelConfig(context=2), 2),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,63 +43,80 @@ def my_rows() -> list[PackedRow]:
 
 def router_gradients(
     platform: Platform, folder: Path, parallel: ParallelConfig, **router: object
-) -> list[Tensor]:
-    """Of this rank's routers, by Megatron's own gradient buffers, after one batch."""
+) -> tuple[float | None, list[Tensor]]:
+    """The balancing loss, and the gradients of this rank's routers after one batch."""
     trainer = trainer_with(platform, folder, parallel, **router)
     trainer.model.zero_grad_buffer()
-    forward_backward(trainer, my_rows(), sft_objective, forward_only=False)
+    sums = forward_backward(trainer, my_rows(), sft_objective, forward_only=False)
     gather_gradients(trainer)
-    return [each.weight.main_grad.clone() for each in routers(trainer.model.module)]
+    return sums.balancing_loss, [each.weight.main_grad.clone() for each in routers(trainer.model.module)]
 
 
-def balancing_gradients(coefficient: float) -> list[Tensor]:
-    """By transformers' router and the formula: the mean over rows of c E sum_e f_e P_e, by hand.
-
-    f_e is the share of choices that fall on expert e (their sum is k / k = 1), P_e its mean probability, the
-    sigmoid scores made to sum to one (DeepSeek-V3, formulas 17 to 20; here Megatron chooses without the
-    bias).
-    """
-    model = ReferenceModel("glm").model
-    weights = [model.model.layers[number].mlp.gate.weight for number in (1, 2, 3)]
-    seen: list[Tensor] = []
+def hidden_before_routers(model: Any, row: PackedRow) -> list[Tensor]:
+    """What the three routers see of a row's samples, ``[tokens, hidden]`` each, padding left out."""
+    seen: list[list[Tensor]] = [[], [], []]
     hooks = [
-        model.model.layers[number].mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
-        for number in (1, 2, 3)
+        layer.mlp.register_forward_pre_hook(lambda _m, inputs, place=place: seen[place].append(inputs[0][0]))
+        for place, layer in enumerate(model.model.layers[1:])
     ]
-    total = torch.zeros(())
-    rows = reference.packed(reference.batch())
-    for row in rows:
-        hidden: list[list[Tensor]] = [[], [], []]
-        for start, stop in zip(row.cu_seqlens, row.cu_seqlens[1:]):
-            seen.clear()
+    for start, stop in zip(row.cu_seqlens, row.cu_seqlens[1:]):
+        if start < row.sample_tokens:
             model.model(torch.from_numpy(row.tokens_R[start:stop])[None])
-            for place, inputs in enumerate(seen):
-                hidden[place].append(inputs[0])
-        for place, weight in enumerate(weights):
-            scores = torch.sigmoid(torch.cat(hidden[place]) @ weight.T)
-            shares = scores / scores.sum(-1, keepdim=True)
-            chosen = torch.zeros_like(scores).scatter(1, scores.topk(3, -1).indices, 1.0)
-            counts = chosen.sum(0) / (len(scores) * 3)
-            total = total + coefficient * 8 * (counts.detach() * shares.mean(0)).sum() / len(rows)
     for hook in hooks:
         hook.remove()
-    return list(torch.autograd.grad(total, weights))
+    return [torch.cat(parts) for parts in seen]
+
+
+def balancing_loss(weight: Tensor, hidden: Tensor) -> Tensor:
+    """E sum_e f_e P_e (DeepSeek-V3, formulas 17 to 20), by hand.
+
+    f_e is the share of choices that fall on expert e, P_e its mean probability, the sigmoid scores made to
+    sum to one. Megatron chooses without the bias here.
+    """
+    scores = torch.sigmoid(hidden @ weight.T)
+    chosen = torch.zeros_like(scores).scatter(1, scores.topk(3, -1).indices, 1.0)
+    shares = scores / scores.sum(-1, keepdim=True)
+    return 8 * (chosen.sum(0) / chosen.sum() * shares.mean(0)).sum()
+
+
+def expected_balancing(kind: str) -> tuple[float, list[Tensor]]:
+    """The loss, a mean over rows and layers or over layers alone, and its gradients times 0.5."""
+    model = ReferenceModel("glm").model
+    weights = [layer.mlp.gate.weight for layer in model.model.layers[1:]]
+    rows = [hidden_before_routers(model, row) for row in reference.packed(reference.batch())]
+    if kind == "global_aux_loss":
+        rows = [[torch.cat(parts) for parts in zip(*rows, strict=True)]]
+    losses = [balancing_loss(weight, hidden) for row in rows for weight, hidden in zip(weights, row)]
+    total = torch.stack(losses).sum() / len(rows)
+    return float(total.detach()) / 3, list(torch.autograd.grad(0.5 * total, weights))
 
 
 @pytest.mark.parametrize(
-    ("parallel", "world"),
-    [(ONE, 1), (ParallelConfig(tensor=2, expert=2), 2), (ParallelConfig(context=2), 2), (ONE, 2)],
-    ids=["one", "TP2EP2", "CP2", "DP2"],
+    ("kind", "parallel", "world"),
+    [
+        ("aux_loss", ONE, 1),
+        ("aux_loss", ParallelConfig(tensor=2, expert=2), 2),
+        ("aux_loss", ParallelConfig(context=2), 2),
+        ("aux_loss", ONE, 2),
+        ("aux_loss", ParallelConfig(pipeline=2), 2),
+        ("global_aux_loss", ONE, 4),
+    ],
+    ids=["one", "TP2EP2", "CP2", "DP2", "PP2", "global-DP4"],
 )
 def test_the_balancing_loss_is_its_formula_whatever_is_masked(
-    ranks: RankPool, weights: Path, parallel: ParallelConfig, world: int
+    ranks: RankPool, weights: Path, kind: str, parallel: ParallelConfig, world: int
 ) -> None:
     """About half of the tokens are trained; Megatron's own scaling would count the loss about twice."""
-    off = ranks.run(router_gradients, parallel, world, folder=weights, parallel=parallel)[0]
-    options = {"balancing": "aux_loss", "balancing_coefficient": 0.5}
-    on = ranks.run(router_gradients, parallel, world, folder=weights, parallel=parallel, **options)[0]
-    for with_loss, without, expected in zip(on, off, balancing_gradients(0.5), strict=True):
-        assert float((with_loss - without - expected).norm() / expected.norm()) < 1e-4
+    off = ranks.run(router_gradients, parallel, world, folder=weights, parallel=parallel)
+    options = {"balancing": kind, "balancing_coefficient": 0.5}
+    on = ranks.run(router_gradients, parallel, world, folder=weights, parallel=parallel, **options)
+    loss, expected = expected_balancing(kind)
+    stages = [(on[0], off[0])] if parallel.pipeline == 1 else list(zip(on, off))
+    added = [a - b for (_, with_loss), (_, without) in stages for a, b in zip(with_loss, without)]
+    for ours, gradient in zip(added, expected, strict=True):
+        assert float((ours - gradient).norm() / gradient.norm()) < 1e-4
+    assert {reported for reported, _ in off} == {None}
+    assert all(reported == pytest.approx(loss, rel=1e-5) for reported, _ in on)
 
 
 def moved_biases(
@@ -118,7 +136,7 @@ def test_the_bias_moves_towards_idle_experts_alike_at_every_layout(ranks: RankPo
     for _, after in together:
         assert all(torch.equal(a, b) for a, b in zip(after, alone, strict=True))
     ((_, chosen),) = ranks.run(choices, ONE, 1, folder=weights)
-    for bias, moved, experts in zip(before, alone, chosen, strict=True):
+    for bias, moved, experts in zip(before, alone, without_padding(chosen), strict=True):
         counts = torch.bincount(experts.flatten(), minlength=8).float()
         assert torch.allclose(moved, bias + 0.01 * torch.sign(counts.mean() - counts))
 
@@ -133,6 +151,15 @@ def choices(platform: Platform, folder: Path) -> tuple[float, list[Tensor]]:
             losses.append(evaluate(trainer, [row], sft_objective).loss)
         found.append(chosen)
     return sum(losses), [torch.cat(layer) for layer in zip(*found, strict=True)]
+
+
+def without_padding(chosen: list[Tensor]) -> list[Tensor]:
+    """Of :func:`choices`, those of samples."""
+    used = [row.sample_tokens for row in reference.packed(reference.batch())]
+    return [
+        torch.cat([row[:count] for row, count in zip(layer.split(reference.ROW_TOKENS), used, strict=True)])
+        for layer in chosen
+    ]
 
 
 def replayed(platform: Platform, folder: Path, chosen: list[Tensor]) -> tuple[float, float]:
@@ -163,6 +190,25 @@ def misused(platform: Platform, folder: Path) -> None:
     able = trainer_with(platform, folder, ONE, replay=True).model.module
     with pytest.raises(ValueError, match=r"1 layers given, the model has 3 here"):
         replayed_routing(able, [torch.zeros(64, 3, dtype=torch.int64)]).__enter__()
+    trainer = trainer_with(platform, folder, ONE, replay=True)
+    short = [torch.zeros(60, 3, dtype=torch.int64)] * 3
+    with (
+        replayed_routing(trainer.model.module, short),
+        pytest.raises(ValueError, match=r"experts of shape \(60, 3\) given, the row has \(64, 3\) here"),
+    ):
+        evaluate(trainer, my_rows()[:1], sft_objective)
+
+
+def layers_with_prediction(platform: Platform, folder: Path) -> int:
+    trainer = trainer_with(platform, folder, ONE, replay=True)
+    with recorded_routing(trainer.model.module) as chosen:
+        evaluate(trainer, my_rows()[:1], sft_objective)
+    return len(chosen)
+
+
+def test_prediction_layers_are_not_replayed(ranks: RankPool, tmp_path: Path) -> None:
+    folder = ReferenceModel("glm-prediction").save(tmp_path)
+    assert ranks.run(layers_with_prediction, ONE, 1, folder=folder) == [3]
 
 
 def test_replay_that_cannot_be_is_refused(ranks: RankPool, weights: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_directory_with_other_files_is_refused(domain_store: Path, tmp_path: P
     ("override", "message"),
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-        ("model.hf_config=/nowhere", "model.hf_config: no config.json at /nowhere"),
+        ("model.hf_config=/nowhere", "/nowhere: no config.json here"),
         ("data.store=/nowhere/x", "store /nowhere/x: no readable header x.json"),
         ("data.window.max_tokens=64", "window: max_tokens=64 is too small"),
         ("parallel.tensor=4", "parallel.tensor=4 does not divide the model's num_key_value_heads=2"),

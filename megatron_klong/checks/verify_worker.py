@@ -6,7 +6,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megatron_klong.checks.verify import Spoken
 from megatron_klong.config import ModelConfig, ParallelConfig
+from megatron_klong.convert.compare import is_hf_folder
 from megatron_klong.convert.folders import checkpoint_folder
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import quiet_imports
@@ -60,7 +60,7 @@ def speak(model: Model, by: str, prompt: list[int], count: int) -> Spoken:
     ids = [*prompt]
     for _ in range(count):
         ids.append(int(model(ids)[-1].argmax()))
-    return Spoken(by, known.tolist(), ids[len(prompt) :])
+    return Spoken(by, known.numpy(), ids[len(prompt) :])
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         int(sys.argv[3]),
         Path(sys.argv[4]),
     )
-    if any(folder.glob("*.safetensors")):
+    if is_hf_folder(folder):
         spoken = speak(by_transformers(folder), "transformers", prompt, count)
     else:
         with tempfile.TemporaryDirectory() as meeting:
@@ -82,7 +82,7 @@ def main() -> None:
             with distributed(ParallelConfig(), seed=1, init_method=at, rank=0, world_size=1):
                 model = by_megatron(checkpoint_folder(folder))
                 spoken = speak(model, "Megatron-Core", prompt, count)
-    out.write_text(json.dumps(asdict(spoken)))
+    spoken.save(out)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_klong.cli.shared import AsJson, counter, print_json, quiet
+from megatron_klong.cli.shared import AsJson, byte_bar, print_json, quiet
 
 if TYPE_CHECKING:
     from megatron_klong.checks.verify import Verification
@@ -34,10 +36,10 @@ def export(
     quiet()
     from megatron_klong.convert.exporting import export_checkpoint
 
-    with counter("exporting", "tensors") as tick:
+    with progress("exporting") as on_bytes:
         report = export_checkpoint(
             megatron_dir, hf_dir, hf_config=hf_config, tokenizer=tokenizer,
-            layout="fused" if fused else "per-expert", on_tensor=tick,
+            layout="fused" if fused else "per-expert", on_bytes=on_bytes,
         )  # fmt: skip
     _print_conversion(report, as_json)
 
@@ -55,8 +57,8 @@ def import_weights(
     quiet()
     from megatron_klong.convert.importing import import_checkpoint
 
-    with counter("importing", "tensors") as tick:
-        report = import_checkpoint(hf_dir, megatron_dir, on_tensor=tick)
+    with progress("importing") as on_bytes:
+        report = import_checkpoint(hf_dir, megatron_dir, on_bytes=on_bytes)
     _print_conversion(report, as_json)
 
 
@@ -82,8 +84,8 @@ def verify_checkpoints(
     from megatron_klong.checks.verify import verify
 
     ids = _token_ids(prompt) if prompt is not None else None
-    with counter("comparing", "tensors") as tick:
-        result = verify(one, two, prompt=ids, generate=generate, weights_only=weights_only, on_tensor=tick)
+    with progress("comparing") as on_bytes:
+        result = verify(one, two, prompt=ids, generate=generate, weights_only=weights_only, on_bytes=on_bytes)
     if as_json:
         print_json(result)
     else:
@@ -101,13 +103,18 @@ def _token_ids(text: str) -> list[int]:
 
 def _print_verification(result: Verification) -> None:
     weights = result.weights
-    print(f"names and shapes: {weights.tensors} tensors, {weights.bytes:,} bytes, the same in both")
+    print(
+        f"names and shapes: {weights.tensors} tensors, {weights.bytes:,} bytes, as the config wants in both"
+    )
     if not weights.differences:
         print("bits: all the same")
     for each in weights.differences[:20]:
         print(f"bits: {each.name} differs by up to {each.largest:.3g} ({each.dtypes[0]}, {each.dtypes[1]})")
     if len(weights.differences) > 20:
         print(f"bits: {len(weights.differences) - 20} more tensors differ")
+    for side, left in zip(("first", "second"), weights.left_out):
+        for what, count in left.items():
+            print(f"not looked at in the {side}: {count} tensors of {what}")
     if result.not_run:
         print(f"logits and tokens: not compared: {result.not_run}")
         return
@@ -118,6 +125,13 @@ def _print_verification(result: Verification) -> None:
     )
     same = sum(a == b for a, b in zip(*result.tokens))
     print(f"greedy tokens: {same} of {len(result.tokens[0])} the same")
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes."""
+    with byte_bar(doing) as bar:
+        yield lambda done, total: bar(done, total, "")
 
 
 def _print_conversion(report: ConversionReport, as_json: bool) -> None:

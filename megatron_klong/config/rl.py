@@ -184,6 +184,12 @@ class RlConfig(StrictModel):
                 f"server.max_model_len={self.server.max_model_len} is less than "
                 f"window.max_tokens={self.window.max_tokens}: the longest contexts would be refused"
             )
+        if self.model.prediction == "train" or self.model.router.bias_update_rate:
+            raise ValueError(
+                f"model.prediction={self.model.prediction} with model.router.bias_update_rate="
+                f"{self.model.router.bias_update_rate}: reinforcement learning trains neither prediction "
+                "layers nor the routers' bias; use leave and 0"
+            )
         if self.window.prefix == "marked":
             raise ValueError("window.prefix=marked: live tasks carry no mark; use task or reading")
         if self.objective.normalise == "rollout" and self.objective.updates > 1:

@@ -26,9 +26,10 @@ class RunConfig(StrictModel):
 class RouterConfig(StrictModel):
     """How the routers of expert layers are trained, where the model has any."""
 
-    balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"
-    """Auxiliary loss that spreads tokens over experts: over a micro-batch, a row, or a global batch. By its
-    nature it depends on how samples are packed and which ranks they are on."""
+    balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"
+    """Auxiliary loss that spreads tokens over experts: over each row, or over the rows of all data-parallel
+    ranks (with a running mean over the micro-batches of a step). By its nature it depends on how samples
+    are packed."""
 
     balancing_coefficient: float = Field(default=0.0, ge=0)
     """Weight of that loss against the mean loss of a trained token."""

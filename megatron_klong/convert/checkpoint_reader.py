@@ -1,10 +1,16 @@
-"""Reads single tensors, whole or in pieces, of a distributed checkpoint that was saved at any layout."""
+"""Reads rows of single tensors of a distributed checkpoint that was saved at any layout.
+
+torch's reader loads a whole stored chunk to give a part of it. Here the chunk's bytes are found in its record
+once, and only those of the rows are read, straight into their place.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,25 +27,26 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_klong.convert.safetensors_file import DTYPES
 from megatron_klong.convert.stored import Piece, StoredTensor
 
 
 @dataclass(frozen=True)
 class CheckpointReader:
-    """A checkpoint of torch's distributed format, without process groups and without a plan of all of it."""
+    """A checkpoint of torch's distributed format, without process groups."""
 
     folder: Path
 
     @cached_property
     def metadata(self) -> Metadata:
-        """What the checkpoint says of itself."""
+        """What the checkpoint says of itself; a pickle, as torch writes it."""
         try:
             return FileSystemReader(self.folder).read_metadata()
-        except Exception as error:  # it is a pickle, and raises whatever its bytes lead to
+        except Exception as error:  # a pickle raises whatever its bytes lead to
             raise ValueError(f"{self.folder}: its .metadata cannot be read: {error}") from error
 
     def check(self, stored: Sequence[StoredTensor]) -> dict[str, int]:
-        """Compare names, shapes and files with what the model wants; counts of what is left out.
+        """Compare names, shapes, types and files with what the model wants; counts of what is left out.
 
         Raises:
             ValueError: names the first tensor that does not fit.
@@ -54,8 +61,12 @@ class CheckpointReader:
                     f"{self.folder}: tensor {tensor.key!r} has shape {tuple(found.size)}, the config "
                     f"wants {tensor.shape}"
                 )
-            for chunk in found.chunks:
-                self._check_file(tensor.key, chunk)
+            if found.properties.dtype not in DTYPES:
+                raise ValueError(
+                    f"{self.folder}: tensor {tensor.key!r} has data type {found.properties.dtype}, not one "
+                    f"of {', '.join(map(str, DTYPES))}"
+                )
+            self._check_chunks(tensor.key, found)
         keys = {tensor.key for tensor in stored}
         others = [key for key, kind in held.items() if isinstance(kind, TensorStorageMetadata)]
         unknown = [key for key in others if key not in keys and not key.startswith("optimizer.")]
@@ -68,34 +79,19 @@ class CheckpointReader:
         """Data type of a tensor."""
         return self._tensor(key).properties.dtype
 
-    def pieces(self, tensor: StoredTensor) -> list[Piece]:
-        """How a tensor is best read: as it was written, where it can be converted in pieces at all."""
-        found = self._tensor(tensor.key)
-        rows = found.size[0]
-        if not (tensor.stacked or tensor.is_same):
-            return [Piece(0, rows)]
-        bounds = sorted({rows, *(chunk.offsets[0] for chunk in found.chunks)})
-        return [Piece(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
     def read(self, key: str, piece: Piece) -> Tensor:
-        """A piece of a tensor along its first dimension; one whole chunk is not copied."""
+        """Rows of a tensor."""
         found = self._tensor(key)
-        size = torch.Size([piece.stop - piece.start, *found.size[1:]])
-        wanted: Tensor | None = None
+        wanted = torch.empty(
+            [piece.stop - piece.start, *found.size[1:]], dtype=found.properties.dtype
+        )  # fmt: skip
         for chunk in found.chunks:
             start, stop = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
             low, high = max(start, piece.start), min(stop, piece.stop)
-            if low >= high:
-                continue
-            loaded = self._load(key, chunk)
-            if chunk.sizes == size and low == piece.start:
-                return loaded
-            if wanted is None:
-                wanted = torch.empty(size, dtype=found.properties.dtype)
-            place = [slice(low - piece.start, high - piece.start)]
-            place += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:])]
-            wanted[tuple(place)] = loaded[low - start : high - start]
-        assert wanted is not None, key
+            if low < high:
+                place = [slice(low - piece.start, high - piece.start)]
+                place += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:])]
+                self._fill(wanted[tuple(place)], key, chunk, low - start)
         return wanted
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
@@ -103,32 +99,71 @@ class CheckpointReader:
         assert isinstance(found, TensorStorageMetadata)
         return found
 
-    def _check_file(self, key: str, chunk: ChunkStorageMetadata) -> None:
-        info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        file = self.folder / info.relative_path
-        held = file.stat().st_size if file.is_file() else 0
-        if held < info.offset + info.length:
-            raise ValueError(
-                f"{self.folder}: tensor {key!r} ends at byte {info.offset + info.length} of "
-                f"{info.relative_path}, which has {held} bytes: missing, or cut short"
-            )
+    def _check_chunks(self, key: str, found: TensorStorageMetadata) -> None:
+        if sum(math.prod(chunk.sizes) for chunk in found.chunks) != math.prod(found.size):
+            raise ValueError(f"{self.folder}: the parts of tensor {key!r} do not make up the whole")
+        for chunk in found.chunks:
+            info = self.metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if info is None:
+                raise ValueError(f"{self.folder}: a part of tensor {key!r} is in no file")
+            file = self.folder / info.relative_path
+            held = file.stat().st_size if file.is_file() else 0
+            if held < info.offset + info.length:
+                raise ValueError(
+                    f"{self.folder}: tensor {key!r} ends at byte {info.offset + info.length} of "
+                    f"{info.relative_path}, which has {held} bytes: missing, or cut short"
+                )
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _fill(self, place: Tensor, key: str, chunk: ChunkStorageMetadata, first_row: int) -> None:
+        """Read as many rows of a chunk as ``place`` has, beginning with ``first_row``."""
         info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        file = self.folder / info.relative_path
-        with _FileSlice(file, info.offset, info.length) as stream:
+        path = self.folder / info.relative_path
+        straight = place if place.is_contiguous() else torch.empty(place.shape, dtype=place.dtype)
+        row = math.prod(chunk.sizes[1:]) * place.dtype.itemsize
+        with path.open("rb") as file:
             try:
-                loaded: Tensor = torch.load(cast(IO[bytes], stream), map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{file}: tensor {key!r} is damaged: {str(error)[:200]}") from error
-        return loaded
+                begin = _payload(file, info.offset, info.length, chunk, place.dtype)
+            except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{path}: tensor {key!r} is damaged: {str(error)[:200]}") from error
+            file.seek(begin + first_row * row)
+            count = file.readinto(straight.view(-1).view(torch.uint8).numpy().data)
+        if count != straight.nbytes:
+            raise ValueError(f"{path}: tensor {key!r} ends after {count} of {straight.nbytes} bytes")
+        if straight is not place:
+            place.copy_(straight)
 
 
-class _FileSlice(io.RawIOBase):
-    """Bytes of a file as a file of their own, read straight into the reader's memory."""
+def _payload(
+    file: IO[bytes], offset: int, length: int, chunk: ChunkStorageMetadata, dtype: torch.dtype
+) -> int:
+    """Where in a file the elements of a tensor begin that ``torch.save`` wrote at ``offset``.
 
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._handle = os.open(path, os.O_RDONLY)
+    A record is a zip archive; its storage is an entry that is not compressed.
+    """
+    record = _Record(file, offset, length)
+    # On the meta device nothing but the description is read.
+    described: Tensor = torch.load(cast(IO[bytes], record), map_location="meta", weights_only=True)
+    if described.size() != chunk.sizes or described.dtype != dtype or not described.is_contiguous():
+        raise RuntimeError(f"holds {tuple(described.size())}, {described.dtype}, not what .metadata says")
+    record.seek(0)
+    (entry,) = [
+        each
+        for each in zipfile.ZipFile(cast(IO[bytes], record)).infolist()
+        if each.filename.endswith("/data/0")
+    ]
+    assert entry.compress_type == zipfile.ZIP_STORED and described.storage_offset() == 0
+    if entry.file_size != described.nbytes:
+        raise RuntimeError(f"has {entry.file_size} bytes for {described.nbytes} of elements")
+    file.seek(offset + entry.header_offset + 26)
+    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return offset + entry.header_offset + 30 + name + extra
+
+
+class _Record(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file = file
         self._offset = offset
         self._length = length
         self._place = 0
@@ -149,11 +184,7 @@ class _FileSlice(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
-        count = os.preadv(self._handle, [view], self._offset + self._place) if len(view) else 0
+        self._file.seek(self._offset + self._place)
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
         self._place += count
         return count
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._handle)
-        super().close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_klong.convert.checkpoint_reader import CheckpointReader
-from megatron_klong.convert.folders import checkpoint_folder
+from megatron_klong.convert.folders import OnBytes, checkpoint_folder
 from megatron_klong.convert.hf_folder import HfFolder, bitwise_equal
 from megatron_klong.convert.stored import Piece, StoredTensor, stored_tensors
 from megatron_klong.model.decoder import DecoderConfig
@@ -24,15 +25,14 @@ class Weights(Protocol):
     @property
     def folder(self) -> Path: ...
 
-    def check(self, config: DecoderConfig) -> None:
-        """Names and shapes against the config; ValueError names the first that does not fit."""
+    def check(self, config: DecoderConfig) -> dict[str, int]:
+        """Names and shapes against the config; counts of what is left out.
+
+        Raises ValueError, which names the first that does not fit.
+        """
         ...
 
     def dtype(self, tensor: StoredTensor) -> torch.dtype: ...
-
-    def pieces(self, tensor: StoredTensor) -> list[Piece]:
-        """How the tensor is best read."""
-        ...
 
     def read(self, tensor: StoredTensor, piece: Piece) -> list[tuple[str, Tensor]]: ...
 
@@ -48,17 +48,13 @@ class HfWeights:
         """Where they are."""
         return self.held.path
 
-    def check(self, config: DecoderConfig) -> None:
+    def check(self, config: DecoderConfig) -> dict[str, int]:
         """See :class:`Weights`."""
-        self.held.check(config)
+        return self.held.check(config)
 
     def dtype(self, tensor: StoredTensor) -> torch.dtype:
         """Of the first tensor it is made of."""
         return self.held.dtype(tensor.rules[0].hf[0].name)
-
-    def pieces(self, tensor: StoredTensor) -> list[Piece]:
-        """Experts, rows, or all."""
-        return tensor.pieces(self.dtype(tensor).itemsize)
 
     def read(self, tensor: StoredTensor, piece: Piece) -> list[tuple[str, Tensor]]:
         """As they stand in the folder: nothing is joined and split again."""
@@ -80,17 +76,13 @@ class MegatronWeights:
         """Where they are."""
         return self.reader.folder
 
-    def check(self, config: DecoderConfig) -> None:
+    def check(self, config: DecoderConfig) -> dict[str, int]:
         """See :class:`Weights`."""
-        self.reader.check(stored_tensors(config))
+        return self.reader.check(stored_tensors(config))
 
     def dtype(self, tensor: StoredTensor) -> torch.dtype:
         """As stored."""
         return self.reader.dtype(tensor.key)
-
-    def pieces(self, tensor: StoredTensor) -> list[Piece]:
-        """As they were written."""
-        return self.reader.pieces(tensor)
 
     def read(self, tensor: StoredTensor, piece: Piece) -> list[tuple[str, Tensor]]:
         """Split as an export would."""
@@ -119,11 +111,18 @@ class WeightComparison:
     Attributes:
         tensors, bytes: that were compared.
         differences: tensors with other bits, in the order of the model.
+        left_out: of each side, tensors that were not looked at, by reason.
     """
 
     tensors: int
     bytes: int
     differences: tuple[Difference, ...]
+    left_out: tuple[dict[str, int], dict[str, int]]
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face checkpoint; else it is to be one of Megatron's."""
+    return any(folder.glob("*.safetensors"))
 
 
 def open_weights(folder: Path) -> tuple[Weights, DecoderConfig]:
@@ -132,16 +131,19 @@ def open_weights(folder: Path) -> tuple[Weights, DecoderConfig]:
     Raises:
         ValueError: neither is there, or it has no config.
     """
-    if any(folder.glob("*.safetensors")):
+    if is_hf_folder(folder):
         return HfWeights(HfFolder(folder)), load_hf_config(folder)
     checkpoint = checkpoint_folder(folder)
     return MegatronWeights(CheckpointReader(checkpoint)), load_hf_config(checkpoint)
 
 
 def compare_weights(
-    one: Path, two: Path, *, on_tensor: Callable[[], None] = lambda: None
+    one: Path, two: Path, *, on_bytes: OnBytes = lambda done, total: None
 ) -> WeightComparison:
     """Compare names and shapes with the config, and then all bits, in pieces.
+
+    Args:
+        on_bytes: called after every piece, with the bytes compared and those of all tensors.
 
     Raises:
         ValueError: a tensor is missing, unknown or misshapen in one of them, or the two are models of other
@@ -149,25 +151,24 @@ def compare_weights(
     """
     (first, config), (second, other) = open_weights(one), open_weights(two)
     _same_shape(first.folder, config, second.folder, other)
-    for weights in (first, second):
-        weights.check(config)
+    left_out = first.check(config), second.check(config)
+    stored = stored_tensors(config)
+    total = sum(math.prod(tensor.shape) * first.dtype(tensor).itemsize for tensor in stored)
     found: dict[str, Difference] = {}
     names: set[str] = set()
-    size = 0
-    for tensor in stored_tensors(config):
+    done = 0
+    for tensor in stored:
         kinds = (str(first.dtype(tensor)), str(second.dtype(tensor)))
-        leader = first if isinstance(first, MegatronWeights) else second
-        for piece in leader.pieces(tensor):
+        for piece in tensor.pieces(first.dtype(tensor).itemsize):
             for (name, ours), (_, theirs) in zip(
                 first.read(tensor, piece), second.read(tensor, piece), strict=True
             ):
-                if name not in names:
-                    names.add(name)
-                    on_tensor()
-                size += ours.nbytes
+                names.add(name)
+                done += ours.nbytes
                 if ours.dtype != theirs.dtype or not bitwise_equal(ours, theirs):
                     found[name] = _difference(name, ours, theirs, kinds, found.get(name))
-    return WeightComparison(len(names), size, tuple(found.values()))
+            on_bytes(done, total)
+    return WeightComparison(len(names), done, tuple(found.values()), left_out)
 
 
 def _difference(

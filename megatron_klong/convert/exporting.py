@@ -1,21 +1,20 @@
 """Megatron distributed checkpoint -> Hugging Face folder, piece by piece.
 
-In memory at a time: what the checkpoint holds as one piece of an expert or of a large matrix, or a whole
-tensor of the others.
+In memory at a time: an expert, or 32 MB of a large matrix, or a layer's queries, keys and values.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_klong.convert.checkpoint_reader import CheckpointReader
-from megatron_klong.convert.folders import ConversionReport, checkpoint_folder, complete_or_absent
+from megatron_klong.convert.folders import ConversionReport, OnBytes, checkpoint_folder, complete_or_absent
 from megatron_klong.convert.safetensors_file import Entry, SafetensorsWriter
 from megatron_klong.convert.stored import ExpertLayout, StoredTensor, stored_tensors
 from megatron_klong.model.families import FAMILIES
@@ -23,8 +22,10 @@ from megatron_klong.model.hf_config import config_json, load_hf_config
 from megatron_klong.model.weight_map import HfTensor
 
 SHARD_BYTES = 5_000_000_000
-_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-               "generation_config.json")  # fmt: skip
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def export_checkpoint(
@@ -35,7 +36,7 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     layout: ExpertLayout = "per-expert",
     shard_bytes: int = SHARD_BYTES,
-    on_tensor: Callable[[], None] = lambda: None,
+    on_bytes: OnBytes = lambda done, total: None,
 ) -> ConversionReport:
     """Write a checkpoint's weights as safetensors with ``config.json``, bit for bit.
 
@@ -47,7 +48,7 @@ def export_checkpoint(
         tokenizer: folder whose tokenizer files are copied beside the weights.
         layout: routed experts one by one, or fused per layer.
         shard_bytes: largest size of a file, unless a single tensor is larger.
-        on_tensor: called after every Hugging Face tensor.
+        on_bytes: called after every piece, with the bytes done and those of all tensors.
 
     Raises:
         ValueError: a missing, unknown or misshapen tensor, named, before anything is written.
@@ -62,15 +63,22 @@ def export_checkpoint(
         for tensor in stored
         for hf in (*tensor.hf_tensors(layout), *_written_copies(tensor))
     ]
-    shards = _cut(entries, shard_bytes)
-    with complete_or_absent(target, sum(entry.nbytes for entry in entries)) as unfinished:
-        _write_shards(unfinished, shards, reader, stored, layout, on_tensor)
+    companions = _tokenizer_files(tokenizer) if tokenizer is not None else []
+    size = sum(entry.nbytes for entry in entries)
+    with complete_or_absent(target, size) as unfinished:
+        parts = _counted(_parts(reader, stored, layout), size, on_bytes)
+        _write_shards(unfinished, _cut(entries, shard_bytes), parts)
         _write_config(config_file, unfinished, reader.dtype(stored[0].key))
-        for name in _COMPANIONS if tokenizer else ():
-            assert tokenizer is not None
-            if (tokenizer / name).is_file():
-                shutil.copy(tokenizer / name, unfinished / name)
-    return ConversionReport(folder, target, len(entries), sum(e.nbytes for e in entries), left_out)
+        for file in companions:
+            shutil.copy(file, unfinished / file.name)
+    return ConversionReport(folder, target, len(entries), size, left_out)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"--tokenizer {folder}: has none of {', '.join(_COMPANIONS)}")
+    return files
 
 
 def _config_file(place: Path) -> Path:
@@ -94,19 +102,16 @@ def _cut(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
 
 
 def _write_shards(
-    folder: Path, shards: Sequence[Sequence[Entry]], reader: CheckpointReader,
-    stored: Sequence[StoredTensor], layout: ExpertLayout, on_tensor: Callable[[], None],
-) -> None:  # fmt: skip
+    folder: Path, shards: Sequence[Sequence[Entry]], parts: Iterator[tuple[str, Tensor]]
+) -> None:
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
-    parts = _parts(reader, stored, layout)
     for name, shard in zip(names, shards):
         with SafetensorsWriter(folder / name, shard) as writer:
             while not writer.complete:
-                if writer.write(*next(parts)):
-                    on_tensor()
+                writer.write(*next(parts))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.nbytes for shard in shards for entry in shard)},
@@ -120,11 +125,22 @@ def _parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Everything that is written, in its order: tensors, or one after the other the rows of one."""
     for tensor in stored:
-        for piece in reader.pieces(tensor):
+        pieces = tensor.pieces(reader.dtype(tensor.key).itemsize)
+        for piece in pieces:
             yield from tensor.split(piece, reader.read(tensor.key, piece), layout)
         for copy in _written_copies(tensor):
-            for piece in reader.pieces(tensor):
+            for piece in pieces:
                 yield copy.name, reader.read(tensor.key, piece)
+
+
+def _counted(
+    parts: Iterator[tuple[str, Tensor]], size: int, on_bytes: OnBytes
+) -> Iterator[tuple[str, Tensor]]:
+    done = 0
+    for name, part in parts:
+        done += part.nbytes
+        yield name, part
+        on_bytes(done, size)
 
 
 def _written_copies(tensor: StoredTensor) -> tuple[HfTensor, ...]:

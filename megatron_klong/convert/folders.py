@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_klong.platform.lifetime import held_folder
+
+OnBytes = Callable[[int, int], None]
+"""Told of the bytes done and of all bytes."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +37,45 @@ class ConversionReport:
 def complete_or_absent(target: Path, size: int) -> Iterator[Path]:
     """A folder to write into that gets the name ``target`` only when the block ends well.
 
+    All of it is on the disk before it has that name.
+
     Args:
         size: bytes that will be written, at least.
 
     Raises:
-        ValueError: the target exists and is not an empty folder, or the disk has not that much room.
+        ValueError: the target exists and is not an empty folder, another process is making it, or the disk
+            has not that much room.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    target = target.resolve()
+    if target.exists() and (os.path.ismount(target) or not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; name a new folder, or delete it first")
     unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with held_folder(unfinished, f"{target}: another process is making it; wait for it"):
+        for left in unfinished.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            free = shutil.disk_usage(unfinished).free
+            if free < size:
+                room = f"the disk has {free / 1e9:,.2f} GB left"
+                raise ValueError(f"{target}: {size / 1e9:,.2f} GB will be written, and {room}")
+            yield unfinished
+            for path in (*unfinished.iterdir(), unfinished):
+                _to_disk(path)
+            if target.exists():
+                target.rmdir()
+            os.replace(unfinished, target)
+            _to_disk(target.parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        unfinished.mkdir(parents=True)
-        free = shutil.disk_usage(unfinished).free
-        if free < size:
-            raise ValueError(
-                f"{target}: {size / 1e9:,.2f} GB will be written, and the disk has {free / 1e9:,.2f} GB left"
-            )
-        yield unfinished
-        if target.exists():
-            target.rmdir()
-        os.replace(unfinished, target)
+        os.fsync(handle)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(handle)
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -69,4 +90,6 @@ def checkpoint_folder(folder: Path) -> Path:
         found = sorted(path.parent for path in place.glob("step_*/.metadata"))
         if found:
             return found[-1]
-    raise ValueError(f"{folder}: no Megatron distributed checkpoint here (no .metadata, no step_* folder)")
+    raise ValueError(
+        f"{folder}: no Megatron checkpoint here (no .metadata, no step_* folder), and no *.safetensors"
+    )

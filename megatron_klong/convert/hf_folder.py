@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_klong.convert.stored import stored_tensors
 from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.families import FAMILIES
 from megatron_klong.model.weight_map import HfTensor
-from megatron_klong.model.weights import WeightSource, safetensors_weights
+from megatron_klong.model.weights import WeightSource, open_safetensors, safetensors_weights
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -24,20 +25,13 @@ class HfFolder:
     """Names, shapes and data types of a folder's tensors, and the tensors one by one.
 
     Raises:
-        ValueError: no safetensors, or a file that is damaged or cut short.
+        ValueError: no safetensors, or a file that is missing, damaged or cut short.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._headers: dict[str, Any] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file}: damaged or cut short: {error}") from error
-            self._headers |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        if not self._headers:
-            raise ValueError(f"{path}: no *.safetensors here")
+        files = open_safetensors(path)
+        self._headers: dict[str, Any] = {name: file.get_slice(name) for name, file in files.items()}
 
     @cached_property
     def weights(self) -> WeightSource:
@@ -68,12 +62,12 @@ class HfFolder:
         expected |= {name: copy.shape for name, copy in copies.items() if name in self._headers}
         for name, shape in expected.items():
             if name not in self._headers:
-                raise ValueError(f"{self.path}: tensor {name!r} is missing{_hint(name, config)}")
+                raise ValueError(f"{self.path}: tensor {name!r} is missing")
             found = tuple(self._headers[name].get_shape())
             if found != shape:
                 raise ValueError(f"{self.path}: tensor {name!r} has shape {found}, the config wants {shape}")
         others = self._headers.keys() - expected.keys()
-        prediction = {name for name in others if _is_prediction_layer(name, config)}
+        prediction = self._unused_prediction(config, others)
         if others - prediction:
             raise ValueError(
                 f"{self.path}: tensor {min(others - prediction)!r} is none of the config's model"
@@ -85,6 +79,15 @@ class HfFolder:
                     "its place"
                 )
         return {"multi-token prediction layers": len(prediction)} if prediction else {}
+
+    def _unused_prediction(self, config: DecoderConfig, others: Set[str]) -> set[str]:
+        """Tensors of prediction layers, of a model whose config says that it has none."""
+        family = FAMILIES[config.family]
+        if config.prediction_layers or "num_nextn_predict_layers" not in family.defaults:
+            return set()
+        layers = {match[0] for name in others if (match := _LAYER.match(name))}
+        unused = {layer for layer in layers if f"{layer}eh_proj.weight" in others}
+        return {name for name in others if (match := _LAYER.match(name)) and match[0] in unused}
 
     def _equal(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bits, looked at in pieces."""
@@ -105,14 +108,3 @@ class HfFolder:
 def bitwise_equal(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors of one shape and type have the same bits (NaNs too)."""
     return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
-
-
-def _hint(name: str, config: DecoderConfig) -> str:
-    if config.prediction_layers and _is_prediction_layer(name, config):
-        return "; set num_nextn_predict_layers to 0 in its config.json to leave that layer out"
-    return ""
-
-
-def _is_prediction_layer(name: str, config: DecoderConfig) -> bool:
-    match = _LAYER.match(name)
-    return match is not None and int(match[1]) >= config.num_hidden_layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Data types that weights may have, as the format calls them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SafetensorsWriter:
         start = 0
         for entry in entries:
             header[entry.name] = {
-                "dtype": _DTYPES[entry.dtype],
+                "dtype": DTYPES[entry.dtype],
                 "shape": list(entry.shape),
                 "data_offsets": [start, start + entry.nbytes],
             }
@@ -59,17 +59,15 @@ class SafetensorsWriter:
         """Whether every announced tensor is in the file."""
         return self._written == len(self._entries)
 
-    def write(self, name: str, tensor: Tensor) -> bool:
-        """Append the next announced tensor, or the next rows of it; whether it is complete."""
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next announced tensor, or the next rows of it."""
         entry = self._entries[self._written]
         assert (name, tuple(tensor.shape[1:]), tensor.dtype) == (entry.name, entry.shape[1:], entry.dtype)
         self._file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         self._rows += tensor.shape[0]
         assert self._rows <= entry.shape[0], name
-        if self._rows < entry.shape[0]:
-            return False
-        self._written, self._rows = self._written + 1, 0
-        return True
+        if self._rows == entry.shape[0]:
+            self._written, self._rows = self._written + 1, 0
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -77,7 +75,4 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:  # it will get its final name: it must be on the disk before that
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self._file.close()

@@ -21,7 +21,7 @@ from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.weight_map import HfTensor, Rule, Same, weight_rules
 from megatron_klong.model.weights import WeightSource
 
-PIECE_BYTES = 128 << 20
+PIECE_BYTES = 32 << 20
 """Large tensors are converted in pieces of about this size."""
 
 ExpertLayout = Literal["per-expert", "fused"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ import numpy as np
 
 from megatron_klong.data.header import FORMAT_VERSION, StoreHeader
 from megatron_klong.data.shards import ShardWriter, join_shards, read_counts
-from megatron_klong.platform.lifetime import die_with_parent
+from megatron_klong.platform.lifetime import die_with_parent, held_folder
 from megatron_klong.trajectory.encoder import SlowEncoder
 from megatron_klong.trajectory.importing import read_imported_lines
 from megatron_klong.trajectory.render import RenderedTrajectory, load_renderer
@@ -127,7 +126,7 @@ def _building(prefix: Path, job: TokenizeJob) -> Iterator[Path]:
     root = prefix.with_name(f".{prefix.name}.building")
     folder = root / hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:16]
     try:
-        with _locked(root, prefix):
+        with held_folder(root, f"store {prefix}: another process is writing it; wait for it"):
             for other in root.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
@@ -141,23 +140,6 @@ def _building(prefix: Path, job: TokenizeJob) -> Iterator[Path]:
             shutil.rmtree(root)
     except OSError as error:
         raise ValueError(f"store {prefix}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def _locked(root: Path, prefix: Path) -> Iterator[None]:
-    """Make a folder, and hold it for this process."""
-    while True:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if root.exists() and os.fstat(handle).st_ino == root.stat().st_ino:
-                yield
-                return
-        except BlockingIOError:
-            raise ValueError(f"store {prefix}: another process is writing it; wait for it") from None
-        finally:
-            os.close(handle)  # of a folder that another one removed meanwhile: make it again
 
 
 def _rendered(job: TokenizeJob, folder: Path, missing: list[int], processes: int) -> Iterator[None]:

@@ -92,11 +92,7 @@ class PackedAttention(MegatronModule):
         query, key = rotate(query, row.rotary_T1D), rotate(key, row.rotary_T1D)
         if row.order_R is not None:
             key, value = self._whole_row(torch.stack([key, value], dim=1), row.order_R).unbind(1)
-        repeats = query.size(1) // key.size(1)
-        query_NTD, key_NRD, value_NRD = (
-            tensor.transpose(0, 1)
-            for tensor in (query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
-        )
+        query_NTD, key_NRD, value_NRD = (tensor.transpose(0, 1) for tensor in (query, key, value))
         outputs = [self._attend(span, query_NTD, key_NRD, value_NRD) for span in row.spans]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
@@ -114,4 +110,5 @@ class PackedAttention(MegatronModule):
         return scaled_dot_product_attention(
             queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=self.softmax_scale,
             is_causal=whole, attn_mask=None if whole else causal_lower_right(queries.size(1), keys.size(1)),
+            enable_gqa=True,
         ).squeeze(0)  # fmt: skip

@@ -19,11 +19,14 @@ class StackedWeight(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, experts: int, rows: int, columns: int) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(experts, rows, columns, dtype=config.params_dtype))
+        # Without values: they come from a checkpoint, or from the weight map's generators.
+        self.weight = torch.nn.Parameter(
+            torch.empty(
+                experts, rows, columns, dtype=config.params_dtype, device=torch.cuda.current_device()
+            )
+        )  # fmt: skip
         # No rank holds a copy of it for tensor parallelism: all count in the gradient norm.
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-        with torch.no_grad():
-            config.init_method(self.weight)
 
     def forward(self, tokens_TI: Tensor, ends_E: Tensor) -> Tensor:
         """``[T, in]`` to ``[T, out]``; the tokens of expert e end before ``ends_E[e]``."""

@@ -33,7 +33,10 @@ class RowModel(GPTModel):
     def __init__(self, *, rotary: RotaryTable, trains_prediction: bool, **options: object) -> None:
         super().__init__(position_embedding_type="none", **options)
         self.rotary = rotary
+        self.prediction_is_trained = trains_prediction
         self.trains_prediction = trains_prediction and self.mtp_process
+        self.prediction_loss_sum: Tensor | float = 0.0
+        """Of this rank's tokens since it was last set to 0, without its weight."""
         if self.mtp_process and not trains_prediction:
             self.mtp.requires_grad_(False)
 
@@ -54,9 +57,13 @@ class RowModel(GPTModel):
                 gradient, not to the result.
         """
         assert row.positions_T is not None
-        row = replace(row, rotary_T1D=self.rotary(row.positions_T))
+        row = replace(
+            row, rotary_T1D=self.rotary(row.positions_T), padding_1T=self._own_share(row.padding_1T)
+        )  # fmt: skip
         embedded = self.embedding(input_ids=tokens_1T, position_ids=None) if self.pre_process else None
-        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=row)
+        hidden: Tensor = self.decoder(
+            hidden_states=embedded, attention_mask=None, packed_seq_params=row, padding_mask=row.padding_1T
+        )
         if not self.post_process:
             return hidden
         weight = (
@@ -70,6 +77,13 @@ class RowModel(GPTModel):
         losses: Tensor = self.compute_language_model_loss(labels_1T, logits)
         return losses
 
+    def _own_share(self, padding_1T: Tensor | None) -> Tensor | None:
+        """With sequence parallelism, of the tokens that this rank's routers see."""
+        if padding_1T is None or not self.config.sequence_parallel:
+            return padding_1T
+        group = self.pg_collection.tp
+        return padding_1T.chunk(group.size(), dim=1)[group.rank()]
+
     def _with_prediction(self, hidden: Tensor, row: RowLayout, predicted: Sequence[Prediction]) -> Tensor:
         """The hidden states as they are, with the gradient of the prediction losses tied to them."""
         scale = self.config.mtp_loss_scaling_factor / len(self.mtp.layers)
@@ -81,6 +95,7 @@ class RowModel(GPTModel):
             )  # fmt: skip
             logits, _ = self.output_layer(states)
             losses = self.compute_language_model_loss(target.labels_1T, logits) * target.loss_mask_1T
+            self.prediction_loss_sum += losses.detach().sum() / len(self.mtp.layers)
             hidden = MTPLossAutoScaler.apply(hidden, losses * scale)
         return hidden
 

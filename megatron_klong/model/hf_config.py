@@ -7,6 +7,7 @@ name: a field that this package silently ignored would give a model that is not 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,28 @@ def load_hf_config(path: Path) -> DecoderConfig:
     """
     file = config_json(path)
     if not file.is_file():
-        raise ValueError(f"model.hf_config: no config.json at {path}")
+        raise ValueError(f"{path}: no config.json here")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model.hf_config: {file} is not JSON: {error}") from error
+        raise ValueError(f"{file}: is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"model.hf_config: {file} is no JSON object")
+        raise ValueError(f"{file}: is no JSON object")
     return parse_hf_config(raw, str(file))
 
 
 def parse_hf_config(raw: dict[str, Any], origin: str) -> DecoderConfig:
     """The same from a parsed JSON object; ``origin`` names it in errors."""
-    family = FAMILIES.get(raw.get("model_type", ""))
+    family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ValueError(
             f"{origin}: model_type is {raw.get('model_type')!r}; known are {', '.join(map(repr, FAMILIES))}"
         )
-    given = {family.renamed.get(name, name): value for name, value in raw.items() if value is not None}
+    given = {name: value for name, value in raw.items() if value is not None and name not in family.renamed}
+    for other, name in family.renamed.items():
+        value = raw.get(other)
+        if value is not None and given.setdefault(name, value) != value:
+            raise ValueError(f"{origin}: {name}={given[name]!r} and {other}={value!r} contradict each other")
     given |= _rope_values(raw, origin)
     _refuse_unimplemented(family, given, origin)
     values = dict(family.defaults)
@@ -100,7 +105,7 @@ def _check_type(family: Family, name: str, value: Any, origin: str) -> None:
         fits = isinstance(value, list) and all(type(item) is int for item in value)
         wanted = "a list of integers"
     else:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
         wanted = "a number above 0"
     if not fits:
         raise ValueError(f"{origin}: {name}={value!r} must be {wanted}")
@@ -116,7 +121,8 @@ def _refuse_unimplemented(family: Family, given: dict[str, Any], origin: str) ->
         raise ValueError(
             f"{origin}: field {unknown[0]!r} is not known to this package in a {family.model_type} model"
         )
-    other_layers = sorted({str(kind) for kind in given.get("layer_types", ())} - {"full_attention"})
+    kinds = given.get("layer_types", [])
+    other_layers = sorted(set(map(str, kinds if isinstance(kinds, list) else [kinds])) - {"full_attention"})
     if other_layers:
         raise ValueError(
             f"{origin}: layer_types has {other_layers[0]!r}; only 'full_attention' is implemented"
@@ -131,10 +137,10 @@ def _check_consistency(config: DecoderConfig, origin: str) -> None:
             f"{origin}: num_attention_heads={config.num_attention_heads} is no multiple of "
             f"num_key_value_heads={config.num_key_value_heads}"
         )
-    if config.rotary_dim % 2:
+    if config.partial_rotary_factor > 1 or config.rotary_dim % 2 or not config.rotary_dim:
         raise ValueError(
             f"{origin}: head_dim={config.head_dim} with partial_rotary_factor="
-            f"{config.partial_rotary_factor} rotates {config.rotary_dim} dimensions, an odd number"
+            f"{config.partial_rotary_factor} rotates {config.rotary_dim} dimensions; an even number is needed"
         )
     moe = config.moe
     if moe is not None and not 2 <= moe.top_k <= moe.experts:

@@ -7,56 +7,88 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
 
 class Router(TopKRouter):
-    """Megatron's router, with an auxiliary loss that masks do not inflate.
+    """Megatron's router, with a balancing loss that masks do not inflate, and padding that does not count.
 
     The sum of token losses is divided by the *trained* tokens of the global batch, and so is whatever is
-    added to it. Megatron scales the auxiliary loss by a micro-batch's tokens, all of them: of a batch of
+    added to it. Megatron scales the balancing loss by a micro-batch's tokens, all of them: of a batch of
     which a tenth is trained it would count ten times. Here it is scaled by the trained tokens that a
     micro-batch has on average over the global batch, so that in the end its gradient is the coefficient
     times the mean over micro-batches (design, SFT loss).
     """
 
     units_per_micro_batch: float | None = None
+    balancing: Tensor | None = None
+    """Sum of this rank's parts of the loss, without the coefficient; None where there is none."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Megatron's, after a look at what is replayed."""
+        replay = self.router_replay
+        if replay is not None and replay.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            given, wanted = (
+                tuple(_present(replay.target_topk_idx).shape),
+                (logits.shape[:2].numel(), self.topk),
+            )
+            if given != wanted:
+                raise ValueError(f"routing replay: experts of shape {given} given, the row has {wanted} here")
+        chosen: tuple[Tensor, Tensor] = super().routing(logits, padding_mask)
+        return chosen
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        if padding_mask is not None:  # Megatron's own subtraction does not fit the map's shape
+            routing_map = routing_map & ~padding_mask.unsqueeze(-1)
+        super()._apply_expert_bias(routing_map)
 
     def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, *arguments: Any, valid_token_count: Any = None, **options: Any
-    ) -> Tensor:
-        """Megatron's, with another count."""
-        assert self.units_per_micro_batch is not None, "set_units_per_micro_batch comes before a step"
-        scaled: Tensor = super().attach_and_log_load_balancing_loss(
-            activation, *arguments, valid_token_count=self.units_per_micro_batch, **options
-        )
-        return scaled
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_names: Any,
+        reduce_group_has_dp: bool = False, **_options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Tie the loss to the gradient of ``activation``, and sum it up."""
+        assert self.units_per_micro_batch is not None, "begin_batch comes before a step"
+        # Each data-parallel rank has a part of a loss over the global batch, and the whole of another one.
+        ways = parallel_state.get_data_parallel_world_size() if reduce_group_has_dp else 1
+        part = aux_loss.detach() * ways / aux_loss_coeff
+        self.balancing = part if self.balancing is None else self.balancing + part
+        tied: Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss * ways * self.units_per_micro_batch)
+        return tied
 
 
 def routers(model: GPTModel) -> list[Router]:
-    """Of this rank's layers, in order; those of prediction layers last."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+    """Of this rank's decoder layers, in order."""
+    return [module for module in model.decoder.modules() if isinstance(module, Router)]
 
 
-def set_units_per_micro_batch(model: GPTModel, units: float) -> None:
-    """Tell the auxiliary losses what the gradients of a step will be divided by, per micro-batch.
+def begin_batch(model: GPTModel, units_per_micro_batch: float) -> None:
+    """Before the micro-batches of a step.
 
     Args:
-        units: of the global batch, over its number of micro-batches.
+        units_per_micro_batch: what the gradients of the step will be divided by, over its micro-batches.
     """
-    for router in routers(model):
-        router.units_per_micro_batch = units
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.units_per_micro_batch, module.balancing = units_per_micro_batch, None
+
+
+def balancing_sum(model: GPTModel) -> Tensor | None:
+    """Of this rank's decoder layers and micro-batches, in parts that add up over TP and CP ranks."""
+    parts = [router.balancing for router in routers(model) if router.balancing is not None]
+    return torch.stack(parts).sum() if parts else None
 
 
 @contextmanager
 def recorded_routing(model: GPTModel) -> Iterator[list[Tensor]]:
     """Within, a forward pass leaves the experts it chose: int64 ``[T, k]`` for each of :func:`routers`.
 
-    The list is filled at the end. T are the tokens of this rank (with sequence parallelism, its share).
-    The model must be built with routing replay.
+    The list is filled at the end, with one row: the last one that went through. T are the tokens of this
+    rank (with sequence parallelism, its share). The model must be built with routing replay.
     """
     replays = _replays(model)
     chosen: list[Tensor] = []
@@ -75,7 +107,7 @@ def replayed_routing(model: GPTModel, chosen: list[Tensor]) -> Iterator[None]:
     The weights of the chosen ones are still the router's, and so is their gradient.
 
     Args:
-        chosen: as :func:`recorded_routing` gives them, or as an inference engine reports them.
+        chosen: as :func:`recorded_routing` gives them, for one row, padding included.
     """
     replays = _replays(model)
     if len(chosen) != len(replays):

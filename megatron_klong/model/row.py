@@ -36,6 +36,7 @@ class RowLayout(PackedSeqParams):
         order_R: int64, where each token of the row lies among the tokens of all context-parallel ranks
             one after the other; None where a rank has the whole row.
         rotary_T1D: cosine and sine for the positions, fp32; the model fills them in.
+        padding_1T: bool, tokens that routers do not count; of this rank's share with sequence parallelism.
         next_ids_D1T: int64, the next token, the one after it, ..., as deep as tokens are predicted.
     """
 
@@ -43,6 +44,7 @@ class RowLayout(PackedSeqParams):
     positions_T: Tensor | None = None
     order_R: Tensor | None = None
     rotary_T1D: tuple[Tensor, Tensor] | None = None
+    padding_1T: Tensor | None = None
     next_ids_D1T: Tensor | None = None
 
 

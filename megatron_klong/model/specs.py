@@ -7,6 +7,7 @@ Engine's have not yet run on real hardware by this project.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -109,6 +110,11 @@ class PredictionLayer(MultiTokenPredictionLayer):
     shared prefix do not follow.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Megatron tells its own decoder layers which tokens are padding, and not this one.
+        self.transformer_layer.register_forward_pre_hook(_with_padding, with_kwargs=True)
+
     def _get_embeddings(
         self,
         input_ids: Tensor | None,
@@ -122,3 +128,9 @@ class PredictionLayer(MultiTokenPredictionLayer):
         embedded = embedding(input_ids=next_ids, position_ids=None)
         hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         return next_ids, position_ids, embedded, hidden_states
+
+
+def _with_padding(
+    _layer: Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return arguments, options | {"padding_mask": options["packed_seq_params"].padding_1T}

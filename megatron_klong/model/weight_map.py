@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -148,7 +149,7 @@ class Rule:
     copies: tuple[HfTensor, ...] = ()
     writes_copies: bool = False
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the full Megatron tensor."""
         return tuple(self.join.join([torch.empty(part.shape, device="meta") for part in self.hf]).shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -63,15 +64,47 @@ def mapping_weights(tensors: Mapping[str, Tensor], origin: str) -> WeightSource:
 
 
 def safetensors_weights(folder: Path) -> WeightSource:
-    """Weights of a Hugging Face folder, each tensor read when it is asked for."""
-    from safetensors import safe_open
+    """Weights of a Hugging Face folder, each tensor read (mapped) when it is asked for."""
+    return mapping_weights(_LazyTensors(open_safetensors(folder)), str(folder))
 
-    files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-    if not files:
-        raise ValueError(f"model.weights: no *.safetensors in {folder}")
-    return mapping_weights(
-        _LazyTensors({name: file for file in files for name in file.offset_keys()}), str(folder)
-    )
+
+def open_safetensors(folder: Path) -> dict[str, Any]:
+    """The opened file of each tensor of a Hugging Face folder.
+
+    ``model.safetensors``, or what ``model.safetensors.index.json`` names, or every file.
+
+    Raises:
+        ValueError: no file, one that is missing, damaged or cut short, or a tensor that is in two.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files: dict[str, Any] = {}
+    for path in _safetensors_files(folder):
+        try:
+            opened = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: missing, damaged or cut short: {error}") from error
+        for name in opened.keys():  # noqa: SIM118
+            if name in files:
+                raise ValueError(f"{folder}: tensor {name!r} is in two files; remove those of another save")
+            files[name] = opened
+    return files
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: cannot be read: {type(error).__name__}: {error}") from error
+        return [folder / name for name in sorted(named)]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{folder}: no *.safetensors here")
+    return found
 
 
 class _LazyTensors(Mapping[str, Tensor]):

@@ -1,11 +1,15 @@
-"""Processes that do not outlive the one they work for."""
+"""Processes that do not outlive the one they work for, and folders that one process has at a time."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -19,3 +23,24 @@ def die_with_parent(parent: int, how: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
         if os.getppid() != parent:  # it was gone before we asked
             sys.exit(1)
+
+
+@contextmanager
+def held_folder(folder: Path, taken: str) -> Iterator[None]:
+    """Make a folder, and hold it for this process; it may be removed or renamed meanwhile.
+
+    Raises:
+        ValueError: with the text ``taken``, when another process has it.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.fstat(handle).st_ino == folder.stat().st_ino:
+                yield
+                return
+        except BlockingIOError:
+            raise ValueError(taken) from None
+        finally:
+            os.close(handle)  # of a folder that another one removed meanwhile: make it again

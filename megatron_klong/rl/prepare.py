@@ -9,7 +9,7 @@ from megatron_klong.agent.tools import describe_tools
 from megatron_klong.config import RlConfig
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.layout import check_layout
+from megatron_klong.model.layout import check_layout, check_settings
 from megatron_klong.rl.exchange import Exchange
 from megatron_klong.rl.live import live_rule
 from megatron_klong.rollout.task import read_task, task_folders
@@ -60,6 +60,7 @@ def check_rl(config: RlConfig) -> CheckedRl:
     """
     hf = load_hf_config(config.model.shape)
     check_layout(hf, config.parallel)
+    check_settings(hf, config.model)
     renderer = load_renderer(config.renderer, config.tokenizer)
     if renderer.vocab_size > hf.vocab_size:
         raise ValueError(
@@ -69,7 +70,7 @@ def check_rl(config: RlConfig) -> CheckedRl:
     if load_hf_config(config.server.model) != hf:
         raise ValueError(
             f"server.model={config.server.model} is a model of another shape than "
-            f"model.hf_config={config.model.shape}"
+            f"the trained one ({config.model.shape})"
         )
     check_hidden("run.dir", config.run.dir)
     contents = {"tokenizer.content": renderer.fingerprint}

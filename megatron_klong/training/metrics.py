@@ -57,6 +57,7 @@ class MetricsLog:
                 "trained_tokens": result.trained_tokens,
                 "tokens": result.tokens,
                 "seconds": seconds,
+                **_present(prediction_loss=result.prediction_loss, balancing_loss=result.balancing_loss),
             }
         )
         if step % self._log_every == 0 or step in (1, self._total_steps):
@@ -102,3 +103,7 @@ class MetricsLog:
     def _write(self, record: dict[str, object]) -> None:
         assert self._stream is not None
         self._stream.write(json.dumps(record) + "\n")
+
+
+def _present(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -8,7 +8,7 @@ from megatron_klong.config import SftConfig
 from megatron_klong.data.header import StoreHeader, read_headers
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.layout import check_layout
+from megatron_klong.model.layout import check_layout, check_settings
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ def check_sft(config: SftConfig) -> CheckedInputs:
     """
     hf = load_hf_config(config.model.shape)
     check_layout(hf, config.parallel)
+    check_settings(hf, config.model)
     headers = read_headers(config.data)
     header = headers[0]
     if header.vocab_size > hf.vocab_size:

@@ -43,6 +43,9 @@ def row_inputs(row: PackedRow, depth: int, device: torch.device) -> RowInputs:
         labels_R, mask_R = shifted(labels_R, boundaries), shifted(mask_R, boundaries)
         predicted.append(Prediction(share(labels_R), share(mask_R)))
     layout = row_layout(boundaries, rank, ways, device)
+    # A row without samples keeps one token: a mean over none would not be a number.
+    padding = share(np.arange(len(row.tokens_R)) >= max(row.sample_tokens, 1))
+    layout = replace(layout, padding_1T=padding)
     if next_ids:
         layout = replace(layout, next_ids_D1T=torch.stack(next_ids))
     return RowInputs(share(row.tokens_R), share(row.labels_R), layout, tuple(predicted))

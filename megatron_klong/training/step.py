@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_klong.data.rows import PackedRow
-from megatron_klong.model.router import set_units_per_micro_batch
+from megatron_klong.model.gpt import RowModel
+from megatron_klong.model.router import balancing_sum, begin_batch
 from megatron_klong.training.row_inputs import row_inputs, whole_row
 from megatron_klong.training.trainer import Trainer
 
@@ -32,6 +34,8 @@ class BatchSums:
     loss: float
     trained_tokens: int
     tokens: int
+    prediction_loss: float | None
+    balancing_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class StepResult:
         tokens: all tokens of the batch's samples, padding excluded.
         grad_norm: global gradient norm before clipping.
         learning_rate: that the step was taken with.
+        prediction_loss: of multi-token prediction, per trained token and without its weight; None untrained.
+        balancing_loss: of the routers, a mean over layers and micro-batches without its coefficient (1 where
+            tokens are spread evenly); None without it.
     """
 
     loss: float
@@ -51,6 +58,8 @@ class StepResult:
     tokens: int
     grad_norm: float
     learning_rate: float
+    prediction_loss: float | None = None
+    balancing_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ def train_step(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row])
         tokens=sums.tokens,
         grad_norm=norm,
         learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
+        prediction_loss=sums.prediction_loss,
+        balancing_loss=sums.balancing_loss,
     )
 
 
@@ -107,7 +118,9 @@ def forward_backward(
     """
     counted = _counts(trainer, rows)
     micro_batches = len(rows) * parallel_state.get_data_parallel_world_size()
-    set_units_per_micro_batch(trainer.model.module, counted.units / max(micro_batches, 1))
+    model = trainer.model.module
+    begin_batch(model, counted.units / max(micro_batches, 1))
+    model.prediction_loss_sum = 0.0
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer.device, objective),
         data_iterator=iter(rows),
@@ -122,7 +135,39 @@ def forward_backward(
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     stages = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
-    return BatchSums(float(total) / max(counted.units, 1), counted.trained_tokens, counted.tokens)
+    prediction, balancing = _side_losses(model, micro_batches, counted.trained_tokens)
+    return BatchSums(
+        float(total) / max(counted.units, 1), counted.trained_tokens, counted.tokens, prediction, balancing
+    )
+
+
+def _side_losses(
+    model: RowModel, micro_batches: int, trained_tokens: int
+) -> tuple[float | None, float | None]:
+    """What was added to the gradient beside the objective: of prediction layers, and of the routers."""
+    has_prediction = model.config.mtp_num_layers and model.prediction_is_trained
+    has_balancing = bool(model.config.num_moe_experts) and model.config.moe_aux_loss_coeff > 0
+    if not (model.training and torch.is_grad_enabled() and (has_prediction or has_balancing)):
+        return None, None
+    own = balancing_sum(model)
+    device = next(model.parameters()).device
+    prediction = torch.as_tensor(model.prediction_loss_sum, dtype=torch.float64, device=device)
+    balancing = torch.as_tensor(0.0 if own is None else own, dtype=torch.float64, device=device)
+    both = torch.stack([prediction, balancing])
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for group in (data, parallel_state.get_pipeline_model_parallel_group()):
+        torch.distributed.all_reduce(both, group=group)
+    torch.distributed.all_reduce(both[1:], group=parallel_state.get_tensor_model_parallel_group())
+    layers = sum(model.config.moe_layer_freq)
+    return (
+        float(both[0]) / max(trained_tokens, 1) if has_prediction else None,
+        float(both[1]) / (micro_batches * layers) if has_balancing else None,
+    )
+
+
+def _prediction_depth(model: DistributedDataParallel) -> int:
+    trains = model.module.trains_prediction and model.training and torch.is_grad_enabled()
+    return model.config.mtp_num_layers if trains else 0
 
 
 @dataclass(frozen=True)
@@ -144,11 +189,11 @@ def _counts(trainer: Trainer, rows: Sequence[PackedRow]) -> _Counts:
 
 
 def _forward_step(
-    device: torch.device, objective: Objective[Row], rows: Iterator[Row], model: Any
+    device: torch.device, objective: Objective[Row], rows: Iterator[Row], model: DistributedDataParallel
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: the model's output and how to make a loss of it."""
     row = next(rows)
-    inputs = row_inputs(row, model.config.mtp_num_layers or 0, device)
+    inputs = row_inputs(row, _prediction_depth(model), device)
     output = model(inputs.tokens_1T, inputs.layout, inputs.labels_1T, inputs.predicted)
 
     def loss_of(token_losses_1T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def decoder_values(values: Values) -> dict[str, Any]:
     """The fields that have the same name and meaning in all families."""
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "attention_bias",
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
         "tie_word_embeddings", "initializer_range",
     )  # fmt: skip
     return {name: values[name] for name in names}

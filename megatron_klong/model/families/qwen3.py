@@ -12,14 +12,20 @@ _WITHOUT_INFLUENCE = frozenset(
     {"sliding_window", "max_window_layers", "layer_types", "output_router_logits", "router_aux_loss_coef"}
 )
 
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "rope_scaling": None,
+    "attention_bias": False,  # it would give the output projection one too
+    "partial_rotary_factor": 1.0,
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 151936,
     "head_dim": 128,
     "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-    "attention_bias": False,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
@@ -29,7 +35,8 @@ def _build_dense(values: Values) -> DecoderConfig:
     return DecoderConfig(
         family="qwen3",
         **decoder_values(values),
-        partial_rotary_factor=values["partial_rotary_factor"],
+        partial_rotary_factor=1.0,
+        attention_bias=False,
         qk_norm=True,
         moe=None,
         prediction_layers=0,
@@ -54,7 +61,8 @@ def _build_moe(values: Values) -> DecoderConfig:
     return DecoderConfig(
         family="qwen3_moe",
         **decoder_values(values),
-        partial_rotary_factor=values["partial_rotary_factor"],
+        partial_rotary_factor=1.0,
+        attention_bias=False,
         qk_norm=True,
         moe=moe,
         prediction_layers=0,
@@ -71,7 +79,7 @@ QWEN3 = Family(
         "num_hidden_layers": 32,
         "num_key_value_heads": 32,
     },
-    only={"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None},
+    only=_ONLY,
     build=_build_dense,
     ignored=_WITHOUT_INFLUENCE,
     head_dim_default=128,
@@ -93,7 +101,7 @@ QWEN3_MOE = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    only={"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None},
+    only=_ONLY,
     build=_build_moe,
     ignored=_WITHOUT_INFLUENCE,
     renamed={"num_local_experts": "num_experts"},
