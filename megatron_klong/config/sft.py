@@ -74,6 +74,7 @@ class ModelConfig(StrictModel):
     """Weight of their loss (a mean over the layers) against that of the next token."""
 
     router: RouterConfig = RouterConfig()
+    """How its routers are trained."""
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelConfig:
