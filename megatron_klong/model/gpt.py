@@ -16,7 +16,7 @@ from megatron_klong.config import ModelConfig, ParallelConfig
 from megatron_klong.model.attention import RotaryTable
 from megatron_klong.model.decoder import DecoderConfig, MoeConfig
 from megatron_klong.model.row import Prediction, RowLayout
-from megatron_klong.model.specs import layer_specs, prediction_spec
+from megatron_klong.model.specs import has_transformer_engine, layer_specs, prediction_spec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -182,7 +182,7 @@ def _moe_options(moe: MoeConfig, settings: ModelConfig) -> dict[str, object]:
         "num_moe_experts": moe.experts,
         "moe_ffn_hidden_size": moe.width,
         "moe_shared_expert_intermediate_size": moe.shared_width or None,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": has_transformer_engine(),
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.scores,
         # Softmax over all experts, of which the chosen ones keep their share; else over the chosen ones.
