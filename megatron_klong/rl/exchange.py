@@ -65,13 +65,18 @@ class Served(_Message):
 
 
 class UpdateMetrics(_Message):
-    """One optimizer step; means over its trained tokens."""
+    """One optimizer step; means over its trained tokens.
+
+    Attributes:
+        balancing_loss: of the routers, without its coefficient; None without it.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     trained_tokens: int
     tokens: int
+    balancing_loss: float | None
     clipped: float
     ratio: float
     importance: float

@@ -80,7 +80,11 @@ class Learner:
         )
         tokens, *sums = objective.sums.tolist()
         means = dict(zip(RlObjective.NAMES[1:], (each / max(tokens, 1.0) for each in sums)))
-        return UpdateMetrics(**vars(result), **means)
+        return UpdateMetrics(
+            loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate,
+            trained_tokens=result.trained_tokens, tokens=result.tokens,
+            balancing_loss=result.balancing_loss, **means,
+        )  # fmt: skip
 
 
 def _host_copy(trainer: Trainer) -> dict[str, Any]:
