@@ -246,7 +246,7 @@ def tokenizing(folder: Path, files: list[Path], _gigabytes: float) -> Figures:
 
     def once(processes: int | None) -> None:
         tokenize(
-            imported, prefix, renderer="glm-4.5", tokenizer=bpe, processes=processes, shard_bytes=1 << 20
+            imported, prefix, renderer="glm-4.5", tokenizer=bpe, processes=processes, shard_bytes=8 << 20
         )
 
     def windows() -> None:
