@@ -16,14 +16,14 @@ from megatron_klong.config import ModelConfig, ParallelConfig, preset_file, pres
 from megatron_klong.model.hf_config import load_hf_config, parse_hf_config
 from megatron_klong.model.layout import check_layout, check_settings
 from megatron_klong.model.weight_map import weight_rules
-from megatron_klong.model.weights import parameter_counts, rank_tensors
+from megatron_klong.model.weights import check_known, parameter_counts, rank_tensors
 from megatron_klong.platform import Platform
 from megatron_klong.training.checkpointing import SftProgress, load_checkpoint, save_checkpoint
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.step import evaluate, forward_backward, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
-from tests.families import ReferenceModel, rank_gradients
+from tests.families import CONFIGS, ReferenceModel, rank_gradients
 from tests.ranks import RankPool
 
 ONE = ParallelConfig()
@@ -219,6 +219,26 @@ def test_a_missing_tensor_is_named(ranks: RankPool, weights: Path, tmp_path: Pat
         AssertionError, match=r"tensor 'model\.layers\.2\.self_attn\.k_proj\.weight' is missing"
     ):
         ranks.run(few_steps, ONE, 1, parallel=ONE, folder=tmp_path)
+
+
+def test_a_tensor_that_the_config_does_not_know_is_named(
+    ranks: RankPool, weights: Path, tmp_path: Path
+) -> None:
+    """Trained without it, the model would be another one."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.bias"] = torch.ones(64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
+    with pytest.raises(AssertionError, match=r"'model\.layers\.2\.self_attn\.o_proj\.bias' is none of the"):
+        ranks.run(few_steps, ONE, 1, parallel=ONE, folder=tmp_path)
+    for family in CONFIGS:
+        folder = ReferenceModel(family).save(tmp_path / family)
+        check_known(folder, load_hf_config(folder))
+    raw = json.loads((tmp_path / "glm-prediction" / "config.json").read_text())
+    without = parse_hf_config(raw | {"num_nextn_predict_layers": 0}, "x")
+    check_known(tmp_path / "glm-prediction", without)
 
 
 def test_parameters_of_glm_45_air() -> None:

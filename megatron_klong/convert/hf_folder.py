@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,15 @@ from torch import Tensor
 
 from megatron_klong.convert.stored import stored_tensors
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.families import FAMILIES
 from megatron_klong.model.weight_map import HfTensor
-from megatron_klong.model.weights import WeightSource, open_safetensors, safetensors_weights
+from megatron_klong.model.weights import (
+    WeightSource,
+    open_safetensors,
+    safetensors_weights,
+    unused_prediction,
+)
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class HfFolder:
@@ -67,7 +68,7 @@ class HfFolder:
             if found != shape:
                 raise ValueError(f"{self.path}: tensor {name!r} has shape {found}, the config wants {shape}")
         others = self._headers.keys() - expected.keys()
-        prediction = self._unused_prediction(config, others)
+        prediction = unused_prediction(others, config)
         if others - prediction:
             raise ValueError(
                 f"{self.path}: tensor {min(others - prediction)!r} is none of the config's model"
@@ -79,15 +80,6 @@ class HfFolder:
                     "its place"
                 )
         return {"multi-token prediction layers": len(prediction)} if prediction else {}
-
-    def _unused_prediction(self, config: DecoderConfig, others: Set[str]) -> set[str]:
-        """Tensors of prediction layers, of a model whose config says that it has none."""
-        family = FAMILIES[config.family]
-        if config.prediction_layers or "num_nextn_predict_layers" not in family.defaults:
-            return set()
-        layers = {match[0] for name in others if (match := _LAYER.match(name))}
-        unused = {layer for layer in layers if f"{layer}eh_proj.weight" in others}
-        return {name for name in others if (match := _LAYER.match(name)) and match[0] in unused}
 
     def _equal(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bits, looked at in pieces."""

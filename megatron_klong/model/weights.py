@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.families import FAMILIES
 from megatron_klong.model.weight_map import HfTensor, is_prediction, take_shard, weight_rules
 
 WeightSource = Callable[[HfTensor], Tensor]
 """Gives the full tensor for a name of the Hugging Face checkpoint."""
 
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
@@ -66,6 +68,30 @@ def mapping_weights(tensors: Mapping[str, Tensor], origin: str) -> WeightSource:
 def safetensors_weights(folder: Path) -> WeightSource:
     """Weights of a Hugging Face folder, each tensor read (mapped) when it is asked for."""
     return mapping_weights(_LazyTensors(open_safetensors(folder)), str(folder))
+
+
+def check_known(folder: Path, config: DecoderConfig) -> None:
+    """Refuse a folder with tensors that the config's model does not have: it would be another model.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    held = open_safetensors(folder).keys()
+    known = {part.name for rule in weight_rules(config).values() for part in (*rule.hf, *rule.copies)}
+    fused = {_fused_name(match) for name in known if (match := _EXPERT.fullmatch(name))}
+    unknown = held - known - fused
+    unknown -= unused_prediction(unknown, config)
+    if unknown:
+        raise ValueError(f"{folder}: tensor {min(unknown)!r} is none of the config's model")
+
+
+def unused_prediction(names: Set[str], config: DecoderConfig) -> set[str]:
+    """Tensors of prediction layers among names, of a model whose config says that it has none."""
+    if config.prediction_layers or "num_nextn_predict_layers" not in FAMILIES[config.family].defaults:
+        return set()
+    layers = {match[0] for name in names if (match := _LAYER.match(name))}
+    unused = {layer for layer in layers if f"{layer}eh_proj.weight" in names}
+    return {name for name in names if (match := _LAYER.match(name)) and match[0] in unused}
 
 
 def open_safetensors(folder: Path) -> dict[str, Any]:
@@ -130,12 +156,15 @@ def _from_fused(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
-    down = match["part"] == "down"
-    fused = f"{match['experts']}.{'down' if down else 'gate_up'}_proj"
+    down, fused = match["part"] == "down", _fused_name(match)
     if fused not in tensors:
         return None
     expert = tensors[fused][int(match["index"])]
     return expert if down else expert.chunk(2, dim=0)[match["part"] == "up"]
+
+
+def _fused_name(expert: re.Match[str]) -> str:
+    return f"{expert['experts']}.{'down' if expert['part'] == 'down' else 'gate_up'}_proj"
 
 
 def rank_tensors(model: GPTModel) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from megatron_klong.config import OptimizerConfig, TrainerSettings
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.gpt import RowModel, build_model
 from megatron_klong.model.hf_config import config_json
-from megatron_klong.model.weights import load_weights, random_weights, safetensors_weights
+from megatron_klong.model.weights import check_known, load_weights, random_weights, safetensors_weights
 from megatron_klong.platform import Platform
 from megatron_klong.training.model_checkpoint import is_checkpoint, load_model
 
@@ -72,6 +72,7 @@ def _first_weights(model: RowModel, settings: TrainerSettings, hf: DecoderConfig
     elif is_checkpoint(weights):
         load_model(model, weights)
     else:
+        check_known(weights, hf)
         load_weights(model, hf, safetensors_weights(weights))
 
 
