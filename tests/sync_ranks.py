@@ -128,7 +128,7 @@ def missing(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def late(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    time.sleep(2.5)
+    time.sleep(9)
     yield name, tensor
 
 
@@ -166,7 +166,7 @@ def a_fault_and_its_cure(
 
     After the fault it says so by the file ``ready`` and waits for the file ``seen``.
     """
-    syncing = SyncingTrainer(platform, folder, urls, timeout_seconds=2.0 if fault == "late" else 60.0)
+    syncing = SyncingTrainer(platform, folder, urls, timeout_seconds=8.0 if fault == "late" else 60.0)
     results = [syncing.run("before")]
     syncing.step()
     with _fault(syncing, fault):

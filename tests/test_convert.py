@@ -504,4 +504,4 @@ def test_the_commands_and_the_tools_are_one(per_expert: Path, tmp_path: Path) ->
     )
     assert "has none of tokenizer.json" in unfit
     nothing = run("-m", "megatron_klong.cli", "convert", "export", str(per_expert), back + "2")
-    assert "no Megatron distributed checkpoint here" in nothing
+    assert "no Megatron checkpoint here" in nothing

@@ -170,7 +170,7 @@ def with_a_fault(
         ("wrong", r"token \d+ of a probe of \d+ has log-prob .* more than the tolerance 0.0001 apart"),
         ("misgathered", "RuntimeError: tensor 'decoder.layers.2.mlp.* did not arrive as its ranks hold it"),
         ("missing", f"lacks 1 of 129 tensors; the first is '{VICTIM}'"),
-        ("late", f"tensor '{VICTIM}' came too late: after 2 s of the sync"),
+        ("late", f"tensor '{VICTIM}' came too late: after 8 s of the sync"),
         ("twice", f"tensor '{VICTIM}' is none of the model's, or came twice"),
         ("corrupted", f"tensor '{VICTIM}' was changed on its way"),
         ("misshapen", rf"tensor '{VICTIM}' came with shape \(63, 64\), the model's has \(64, 64\)"),

@@ -89,14 +89,14 @@ def test_an_interrupted_run_ends_with_the_losses_of_an_undisturbed_one(
 def test_resume_at_another_layout_goes_on_alike(finished: Path, domain_store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     half = sft(domain_store, run, "training.save_every=2", "training.keep_last=5")
-    assert "TP2 PP2 EP2 DP1" in half.stdout
+    assert "TP2 CP1 PP2 EP2 DP1" in half.stdout
     for path in (run / "checkpoints" / "step_00000004").iterdir():
         path.unlink()
     (run / "checkpoints" / "step_00000004").rmdir()
     other = sft(
         domain_store, run, "parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=2", "parallel.nproc=2"
     )
-    assert "TP1 PP1 EP2 DP2" in other.stdout
+    assert "TP1 CP1 PP1 EP2 DP2" in other.stdout
     assert "resumed from step_00000002: 2 steps to go" in other.stdout
     for ours, expected in zip(losses(run), losses(finished), strict=True):
         assert ours[:2] == expected[:2]
@@ -124,7 +124,7 @@ def test_a_changed_model_under_a_run_is_refused(finished: Path, domain_store: Pa
     config = json.loads((ROOT / "examples" / "quickstart" / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": 2.0}))
     refused = sft(domain_store, finished, f"model.hf_config={tmp_path}", code=2)
-    assert "other settings: model.routed_scaling_factor" in refused.stderr
+    assert "other settings: model.moe.scaling" in refused.stderr
 
 
 def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path) -> None:
