@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_klong.convert.safetensors_file import DTYPES
 from megatron_klong.convert.stored import stored_tensors
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.weight_map import HfTensor
 from megatron_klong.model.weights import (
     WeightSource,
+    file_weights,
     open_safetensors,
-    safetensors_weights,
     unused_prediction,
 )
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class HfFolder:
@@ -33,18 +33,17 @@ class HfFolder:
         self.path = path
         files = open_safetensors(path)
         self._headers: dict[str, Any] = {name: file.get_slice(name) for name, file in files.items()}
-
-    @cached_property
-    def weights(self) -> WeightSource:
+        self.weights: WeightSource = file_weights(files, str(path))
         """The tensors by per-expert name, whichever way the folder holds experts."""
-        return safetensors_weights(self.path)
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor, by its per-expert name."""
         kind = self._headers[self._held_as(name)].get_dtype()
-        if kind not in _DTYPES:
-            raise ValueError(f"{self.path}: tensor {name!r} has data type {kind}, not one of {list(_DTYPES)}")
-        return _DTYPES[kind]
+        if kind not in _BY_NAME:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has data type {kind}, not one of {list(_BY_NAME)}"
+            )
+        return _BY_NAME[kind]
 
     def check(self, config: DecoderConfig) -> dict[str, int]:
         """Compare names and shapes with what the config wants; counts of what is left out.

@@ -33,8 +33,9 @@ class RowModel(GPTModel):
     def __init__(self, *, rotary: RotaryTable, trains_prediction: bool, **options: object) -> None:
         super().__init__(position_embedding_type="none", **options)
         self.rotary = rotary
-        self.prediction_is_trained = trains_prediction
-        self.trains_prediction = trains_prediction and self.mtp_process
+        self.trains_prediction = trains_prediction
+        self.computes_prediction = trains_prediction and self.mtp_process
+        """On this pipeline stage."""
         self.prediction_loss_sum: Tensor | float = 0.0
         """Of this rank's tokens since it was last set to 0, without its weight."""
         if self.mtp_process and not trains_prediction:
@@ -69,7 +70,7 @@ class RowModel(GPTModel):
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-        if self.trains_prediction and self.training and torch.is_grad_enabled():
+        if self.computes_prediction and self.training and torch.is_grad_enabled():
             hidden = self._with_prediction(hidden, row, predicted)
         logits, _ = self.output_layer(hidden, weight=weight)
         if labels_1T is None:

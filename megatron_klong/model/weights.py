@@ -67,7 +67,12 @@ def mapping_weights(tensors: Mapping[str, Tensor], origin: str) -> WeightSource:
 
 def safetensors_weights(folder: Path) -> WeightSource:
     """Weights of a Hugging Face folder, each tensor read (mapped) when it is asked for."""
-    return mapping_weights(_LazyTensors(open_safetensors(folder)), str(folder))
+    return file_weights(open_safetensors(folder), str(folder))
+
+
+def file_weights(files: dict[str, Any], origin: str) -> WeightSource:
+    """The same of files that :func:`open_safetensors` has opened."""
+    return mapping_weights(_LazyTensors(files), origin)
 
 
 def check_known(folder: Path, config: DecoderConfig) -> None:

@@ -145,7 +145,7 @@ def _side_losses(
     model: RowModel, micro_batches: int, trained_tokens: int
 ) -> tuple[float | None, float | None]:
     """What was added to the gradient beside the objective: of prediction layers, and of the routers."""
-    has_prediction = model.config.mtp_num_layers and model.prediction_is_trained
+    has_prediction = model.config.mtp_num_layers and model.trains_prediction
     has_balancing = bool(model.config.num_moe_experts) and model.config.moe_aux_loss_coeff > 0
     if not (model.training and torch.is_grad_enabled() and (has_prediction or has_balancing)):
         return None, None
@@ -166,7 +166,7 @@ def _side_losses(
 
 
 def _prediction_depth(model: DistributedDataParallel) -> int:
-    trains = model.module.trains_prediction and model.training and torch.is_grad_enabled()
+    trains = model.module.computes_prediction and model.training and torch.is_grad_enabled()
     return model.config.mtp_num_layers if trains else 0
 
 

@@ -48,7 +48,6 @@ class Trainer:
 
 def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platform) -> Trainer:
     """Build the model with its first weights, and the optimizer over them."""
-    dtype = torch.float32 if settings.model.precision == "fp32" else torch.bfloat16
     model = build_model(hf, settings.parallel, settings.model, settings.row_tokens).to(platform.device)
     _first_weights(model, settings, hf)
     wrapped = DistributedDataParallel(
@@ -56,7 +55,9 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
         model,
     )
-    optimizer = get_megatron_optimizer(_optimizer_config(settings.optimizer, dtype), [wrapped])
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(settings.optimizer, model.config.params_dtype), [wrapped]
+    )
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)

@@ -31,16 +31,20 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _build_dense(values: Values) -> DecoderConfig:
+def _build(family: str, values: Values, moe: MoeConfig | None) -> DecoderConfig:
     return DecoderConfig(
-        family="qwen3",
+        family=family,
         **decoder_values(values),
         partial_rotary_factor=1.0,
         attention_bias=False,
         qk_norm=True,
-        moe=None,
+        moe=moe,
         prediction_layers=0,
     )
+
+
+def _build_dense(values: Values) -> DecoderConfig:
+    return _build("qwen3", values, None)
 
 
 def _build_moe(values: Values) -> DecoderConfig:
@@ -58,15 +62,7 @@ def _build_moe(values: Values) -> DecoderConfig:
         normalized=values["norm_topk_prob"],
         scaling=1.0,
     )
-    return DecoderConfig(
-        family="qwen3_moe",
-        **decoder_values(values),
-        partial_rotary_factor=1.0,
-        attention_bias=False,
-        qk_norm=True,
-        moe=moe,
-        prediction_layers=0,
-    )
+    return _build("qwen3_moe", values, moe)
 
 
 QWEN3 = Family(
