@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from megatron_klong.config import DataConfig, WindowConfig
+from megatron_klong.config import DataConfig, SourceConfig, WindowConfig
 from megatron_klong.data.blocks import TRAINED
 from megatron_klong.data.dataset import build_datasets
 from megatron_klong.data.header import PARTS, part, window_rule
@@ -183,8 +183,10 @@ def _token_lists(
 def deliver(folder: Path, _files: list[Path], _gigabytes: float) -> Figures:
     """Packed rows of 32,768 tokens to the trainer, beside a copy of the same bytes in memory."""
     store = synthetic_store(folder, 200, 100_000)
-    train, _ = build_datasets(DataConfig(store=store, window=WINDOW, validation_fraction=0), seed=1)
-    rows = PackedRows(train, WINDOW.max_tokens, seed=1)
+    config = DataConfig(
+        sources={"synthetic": SourceConfig(store=store)}, window=WINDOW, validation_fraction=0
+    )  # fmt: skip
+    rows = PackedRows(build_datasets(config, seed=1)["synthetic"].train, WINDOW.max_tokens, seed=1)
     count = min(200, rows.rows_per_epoch)
     made = [rows.row(number) for number in range(count)]  # everything is in the page cache now
     arrays = [(row.tokens_R, row.labels_R, row.loss_mask_R) for row in made]

@@ -53,6 +53,23 @@ def domain_store(domain: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chats(domain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small store of ten short chats, of the domain's tokenizer; the prefix of its files."""
+    from megatron_klong.data.tokenize import tokenize
+    from megatron_klong.trajectory.interchange.openai_chat import write_openai_chat
+    from megatron_klong.trajectory.schema import Message, Trajectory
+
+    folder = tmp_path_factory.mktemp("chats")
+    lines = [
+        write_openai_chat(Trajectory(f"chat-{n}", (Message("user", f"{n}"), Message("assistant", f"{n}{n}"))))
+        for n in range(10)
+    ]
+    (folder / "t.jsonl").write_text("\n".join(lines) + "\n")
+    tokenize(folder / "t.jsonl", folder / "store", renderer="glm-4.5", tokenizer=domain / "tokenizer")
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
 def real_store(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Long runs of one user message, and chats of several, tokenized: (imported file, store prefix)."""
     from megatron_klong.data.tokenize import tokenize

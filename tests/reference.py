@@ -66,7 +66,8 @@ def sft_config(parallel: ParallelConfig, folder: Path, rows: int = 4) -> SftConf
             "run": {"dir": folder / "run"},
             "model": {"hf_config": folder, "weights": folder, "precision": "fp32"},
             "data": {
-                "store": folder,
+                "sources": {"test": {"store": folder}},
+                "phases": {"train": {"steps": 10}},
                 "window": {
                     "max_tokens": ROW_TOKENS,
                     "overlap_tokens": 8,
@@ -76,14 +77,20 @@ def sft_config(parallel: ParallelConfig, folder: Path, rows: int = 4) -> SftConf
             },
             "parallel": parallel.model_dump(),
             "optimizer": {"lr": 1e-3, "schedule": "constant"},
-            "training": {"steps": 10, "global_batch_rows": rows},
+            "training": {"global_batch_rows": rows},
         }
     )
 
 
 def settings(parallel: ParallelConfig, folder: Path) -> TrainerSettings:
     """What the trainer of :func:`sft_config` is built from."""
-    return sft_config(parallel, folder).trainer_settings
+    return trainer_settings(sft_config(parallel, folder))
+
+
+def trainer_settings(config: SftConfig) -> TrainerSettings:
+    """What the trainer of a config with a fixed number of steps is built from."""
+    assert config.data.fixed_steps is not None
+    return config.trainer_settings(config.data.fixed_steps)
 
 
 def random_samples(seed: int, *lengths: int) -> list[TrainingSample]:

@@ -74,7 +74,7 @@ class SyncingTrainer:
         config = reference.sft_config(FULL, folder)
         model = config.model.model_copy(update={"precision": precision})
         self.trainer: Trainer = build_trainer(
-            config.model_copy(update={"model": model}).trainer_settings, hf, platform
+            reference.trainer_settings(config.model_copy(update={"model": model})), hf, platform
         )
         self.source = FaultySource(self.trainer.model.module, hf)
         rank = torch.distributed.get_rank()

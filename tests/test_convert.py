@@ -30,8 +30,9 @@ from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.weight_map import take_shard, weight_rules
 from megatron_klong.model.weights import rank_tensors
 from megatron_klong.platform import Platform
-from megatron_klong.training.checkpointing import SftProgress, save_checkpoint
+from megatron_klong.training.checkpointing import save_checkpoint
 from megatron_klong.training.losses import sft_objective
+from megatron_klong.training.sft import SftProgress
 from megatron_klong.training.step import evaluate, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
@@ -174,12 +175,12 @@ def test_prediction_layers_that_are_missing_are_named(tmp_path: Path) -> None:
 def train_and_save(platform: Platform, folder: Path, out: Path, parallel: ParallelConfig) -> float:
     """Three steps from a start, saved; the loss after them."""
     config = reference.sft_config(parallel, folder)
-    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
+    trainer = build_trainer(reference.trainer_settings(config), load_hf_config(folder), platform)
     ways = parallel.data(torch.distributed.get_world_size())
     rows = reference.packed(reference.batch())[torch.distributed.get_rank() % ways :: ways]
     for _ in range(3):
         train_step(trainer, rows, sft_objective)
-    save_checkpoint(trainer, SftProgress(3, 12), out, keep_last=1)
+    save_checkpoint(trainer, SftProgress(3), out, keep_last=1)
     return evaluate(trainer, rows, sft_objective).loss
 
 
@@ -212,7 +213,7 @@ def train_and_dump(platform: Platform, folder: Path, out: Path, parallel: Parall
     rows = reference.packed(reference.batch())[rank::ways]
     for _ in range(2):
         train_step(trainer, rows, sft_objective)
-    save_checkpoint(trainer, SftProgress(2, 8), out, keep_last=1)
+    save_checkpoint(trainer, SftProgress(2), out, keep_last=1)
     model = trainer.model.module
     group = model.pg_collection.tp
     held = {name: tensor.detach().clone() for name, tensor in rank_tensors(model).items()}

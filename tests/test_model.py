@@ -18,8 +18,9 @@ from megatron_klong.model.layout import check_layout, check_settings
 from megatron_klong.model.weight_map import weight_rules
 from megatron_klong.model.weights import check_known, parameter_counts, rank_tensors
 from megatron_klong.platform import Platform
-from megatron_klong.training.checkpointing import SftProgress, load_checkpoint, save_checkpoint
+from megatron_klong.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron_klong.training.losses import sft_objective
+from megatron_klong.training.sft import SftProgress
 from megatron_klong.training.step import evaluate, forward_backward, train_step
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
@@ -131,7 +132,7 @@ def test_every_layout_equals_one_rank(
 def packed_and_apart(platform: Platform, folder: Path) -> tuple[float, float]:
     """The batch packed in four rows, and in a row for each sample."""
     config = reference.sft_config(ONE, folder)
-    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
+    trainer = build_trainer(reference.trainer_settings(config), load_hf_config(folder), platform)
     rows = reference.batch()
     apart = [[sample] for samples in rows for sample in samples]
     return (
@@ -176,7 +177,7 @@ def fresh_weights(platform: Platform, parallel: ParallelConfig, folder: Path) ->
     """The first loss of a run that starts from fresh weights."""
     config = reference.sft_config(parallel, folder)
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
-    trainer = build_trainer(config.trainer_settings, reference.hf_config(), platform)
+    trainer = build_trainer(reference.trainer_settings(config), reference.hf_config(), platform)
     return evaluate(trainer, reference.packed(reference.batch()), sft_objective).loss
 
 
@@ -191,7 +192,7 @@ def test_fresh_weights_are_the_same_at_every_layout(ranks: RankPool, weights: Pa
 def bf16_loss(platform: Platform, folder: Path) -> tuple[float, set[torch.dtype]]:
     config = reference.sft_config(ONE, folder)
     config = config.model_copy(update={"model": config.model.model_copy(update={"precision": "bf16"})})
-    trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
+    trainer = build_trainer(reference.trainer_settings(config), load_hf_config(folder), platform)
     rows = reference.packed(reference.batch())
     for _ in range(3):
         train_step(trainer, rows, sft_objective)
@@ -378,11 +379,11 @@ def leave_and_resume(
     rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = reference.packed(reference.batch())[rank::ways]
     if resume:
-        assert load_checkpoint(trainer, out / "step_00000002", SftProgress) == SftProgress(2, 8)
+        assert load_checkpoint(trainer, out / "step_00000002", SftProgress) == SftProgress(2)
     else:
         for _ in range(2):
             train_step(trainer, rows, sft_objective)
-        save_checkpoint(trainer, SftProgress(2, 8), out, keep_last=1)
+        save_checkpoint(trainer, SftProgress(2), out, keep_last=1)
     after = rank_tensors(model)
     same = all(torch.equal(after[name], tensor) for name, tensor in start.items())
     return train_step(trainer, rows, sft_objective).loss, same, len(start)

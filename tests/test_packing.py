@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_klong.data.packing import minimum_rows, pack_rows
-from megatron_klong.data.rows import PackedRows, balanced, fill_row
+from megatron_klong.data.rows import PackedRows, SampleName, balanced, fill_row
 from megatron_klong.data.windows import TrainingSample
 
 lengths_and_row = st.integers(1, 40).flatmap(
@@ -129,6 +129,9 @@ class Numbered:
     def epoch(self, number: int) -> Numbered:
         return self
 
+    def name(self, index: int) -> SampleName:
+        return index, 0
+
     def packable(self, index: int) -> TrainingSample:
         length = int(self.lengths[index])
         return TrainingSample(np.full(length, index), np.ones(length, dtype=bool), index, 0)
@@ -137,7 +140,7 @@ class Numbered:
 def test_epochs_hold_every_sample_once_and_differ() -> None:
     source = Numbered([5, 9, 3, 8, 2, 7, 7, 1, 6, 4] * 3)
     rows = PackedRows(source, 12, seed=3)
-    epochs: dict[int, list[tuple[int, int]]] = {}
+    epochs: dict[int, list[SampleName]] = {}
     for position in range(3 * rows.rows_per_epoch):
         epochs.setdefault(rows.epoch(position), []).extend(rows.row(position).samples)
     assert sorted(epochs[0]) == sorted(epochs[1]) == [(index, 0) for index in range(30)]
@@ -150,3 +153,21 @@ def test_a_row_depends_on_its_number_alone() -> None:
     rows = PackedRows(source, 12, seed=3)
     backward = [rows.row(position).samples for position in reversed(range(60))]
     assert forward == backward[::-1]
+
+
+def test_rows_with_an_end_are_counted_and_empty_behind_it() -> None:
+    source = Numbered([5, 9, 3, 8, 2, 7] * 5)
+    rows = PackedRows(source, 12, seed=3, passes=2)
+    names = [name for position in range(rows.total) for name in rows.row(position).samples]
+    assert sorted(names) == sorted([(index, 0) for index in range(30)] * 2)
+    assert [name for position in range(rows.total) for name in rows.names(position)] == names
+    behind = rows.row(rows.total)
+    assert (behind.samples, behind.units, rows.cost(rows.total), rows.names(rows.total)) == ((), 0, 0.0, ())
+
+
+def test_attended_pairs_by_hand() -> None:
+    # A token sees itself and those before it in its sample: 1 + 2 + 3 of the first, 1 + 2 of the second.
+    samples = [TrainingSample(np.zeros(n, dtype=np.int64), np.ones(n, dtype=bool), 0, 0) for n in (3, 2)]
+    assert fill_row(samples, 9).attended_pairs == 9
+    assert fill_row(samples, 5).attended_pairs == 9
+    assert fill_row([], 5).attended_pairs == 0

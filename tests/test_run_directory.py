@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def inputs(domain_store: Path) -> CheckedInputs:
-    return CheckedInputs(load_hf_config(ROOT / "examples/quickstart/model"), (read_header(domain_store),))
+    return CheckedInputs(
+        load_hf_config(ROOT / "examples/quickstart/model"), {"replication": read_header(domain_store)}
+    )
 
 
 def config(*overrides: str) -> SftConfig:
@@ -38,7 +40,7 @@ def test_the_same_run_may_start_again_at_another_layout(tmp_path: Path, inputs: 
     run = RunDirectory(tmp_path)
     prepare(run, config(), inputs, fresh=False)
     trained(run)
-    prepare(run, config("parallel.nproc=8", "training.log_every=1"), inputs, fresh=False)
+    prepare(run, config("parallel.nproc=8", "log.every=1"), inputs, fresh=False)
     assert "nproc: 8" in run.config.read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from typing import Any
 
 import pytest
 
+from benchmarks.interruptions import WAYS, Comparison, Way, compare, finish, interrupt
+
 ROOT = Path(__file__).parents[1]
 KLONG = [sys.executable, "-W", "ignore", "-m", "megatron_klong.cli"]
 MARK = "KLONG_TEST_MARK"
+STORE = "data.sources.replication.store"
 
 
 def arguments(store: Path, run: Path, *overrides: str) -> list[str]:
     """A run of a few steps of the quickstart's config on the test's data."""
     return [
-        *KLONG, "sft", "examples/quickstart/sft.yaml", f"data.store={store}", f"run.dir={run}",
-        "data.validation_fraction=0.2", "training.steps=4", "training.save_every=2",
+        *KLONG, "sft", "examples/quickstart/sft.yaml", f"{STORE}={store}", f"run.dir={run}",
+        "data.validation_fraction=0.2", "data.phases.train.steps=4", "training.save_every=2",
         "training.eval_every=2", "training.eval_rows=2", "training.global_batch_rows=2",
-        "training.log_every=1", "optimizer.warmup_steps=1", *overrides,
+        "log.every=1", "optimizer.warmup_steps=1", *overrides,
     ]  # fmt: skip
 
 
@@ -66,48 +70,33 @@ def test_four_ranks_train_and_report(finished: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [1, 3], ids=["before a checkpoint", "after one"])
+@pytest.mark.parametrize(("way", "after"), [(WAYS[0], 1), (WAYS[1], 3), (WAYS[2], 3)], ids=WAYS)
 def test_an_interrupted_run_ends_with_the_losses_of_an_undisturbed_one(
-    finished: Path, domain_store: Path, tmp_path: Path, step: int
+    finished: Path, domain_store: Path, tmp_path: Path, way: Way, after: int
 ) -> None:
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        arguments(domain_store, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(f"step     {step}/4"):
-            process.send_signal(signal.SIGINT)
-            break
-    process.stdout.read()
-    assert process.wait(timeout=60) == 130
-    second = sft(domain_store, run)
-    assert ("resumed from step_00000002: 2 steps to go" in second.stdout) == (step == 3)
-    assert losses(run) == losses(finished)  # the same layout: bitwise, and no line twice
+    """The same layout: bitwise, and no sample twice or left out. SIGTERM saves, so that nothing is lost.
 
-
-def test_resume_at_another_layout_goes_on_alike(finished: Path, domain_store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    half = sft(domain_store, run, "training.save_every=2", "training.keep_last=5")
-    assert "TP2 CP1 PP2 EP2 DP1" in half.stdout
-    for path in (run / "checkpoints" / "step_00000004").iterdir():
-        path.unlink()
-    (run / "checkpoints" / "step_00000004").rmdir()
-    other = sft(
-        domain_store, run, "parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=2", "parallel.nproc=2"
-    )
-    assert "TP1 CP1 PP1 EP2 DP2" in other.stdout
-    assert "resumed from step_00000002: 2 steps to go" in other.stdout
-    for ours, expected in zip(losses(run), losses(finished), strict=True):
-        assert ours[:2] == expected[:2]
-        assert ours[2] == pytest.approx(expected[2], rel=1e-4)
+    Before a kill the checkpoint is waited for: in the background it may not be complete one step later.
+    """
+    run, at_once = tmp_path / "run", f"training.save_in_background={way == WAYS[0]}"
+    settings = arguments(domain_store, run, at_once)[len(KLONG) + 1 :]
+    last = interrupt(settings, run, way, after, 0.0, random.Random(0))
+    assert last == after
+    saved = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    resumed = saved[-1]
+    assert resumed >= last if way == WAYS[0] else resumed <= last
+    second = finish(settings, run)
+    assert f"resumed from step_{resumed:08d}: {4 - resumed} steps to go" in second
+    assert compare(finished, run) == Comparison(steps=4, different=(), repeated=())
+    assert losses(run) == losses(finished)  # and the held-out losses
 
 
 def test_a_finished_run_started_again_does_nothing(finished: Path, domain_store: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     again = sft(domain_store, finished)
     told = losses(finished)
-    assert f"done: held-out loss {told[0][2]:.4f} -> {told[-1][2]:.4f}, train loss" in again.stdout
+    moved = f"held-out loss of replication {told[0][2]:.4f} -> {told[-1][2]:.4f}"
+    assert f"done: {moved}, train loss" in again.stdout
     assert "resumed from step_00000004: 0 steps to go" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -132,15 +121,17 @@ def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path)
     before = header.read_text()
     try:
         header.write_text(json.dumps({**json.loads(before), "content_sha256": "other"}))
-        assert "other settings: data.content" in sft(domain_store, finished, code=2).stderr
+        assert (
+            "other settings: data.sources.replication.content" in sft(domain_store, finished, code=2).stderr
+        )
     finally:
         header.write_text(before)
 
 
 def test_a_diverged_run_stops_and_says_so(domain_store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopped = sft(domain_store, run, "optimizer.lr=1e30", "optimizer.clip_grad=0", code=1)
-    assert "are not finite; the last checkpoint is from before this step" in stopped.stderr
+    stopped = sft(domain_store, run, "optimizer.lr=1e30", "optimizer.clip_grad=0", code=2)
+    assert "are not both finite; the batch is described in" in stopped.stderr
     assert not (run / "checkpoints" / "step_00000004").exists()
     assert all(abs(line["loss"]) < float("inf") for line in metrics(run))
 
@@ -157,10 +148,13 @@ def test_a_directory_with_other_files_is_refused(domain_store: Path, tmp_path: P
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ("model.hf_config=/nowhere", "/nowhere: no config.json here"),
-        ("data.store=/nowhere/x", "store /nowhere/x: no readable header x.json"),
+        ("data.sources.replication.store=/nowhere/x", "store /nowhere/x: no readable header x.json"),
         ("data.window.max_tokens=64", "window: max_tokens=64 is too small"),
         ("parallel.tensor=4", "parallel.tensor=4 does not divide the model's num_key_value_heads=2"),
-        ("data.validation_fraction=0.01", "data.validation_fraction=0.01 of the 12 trajectories"),
+        (
+            "data.validation_fraction=0.01",
+            "data.validation_fraction=0.01 of the 12 trajectories of replication",
+        ),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(
@@ -192,43 +186,101 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_its_owner(domain_store: Path, tmp_path: Path, number: signal.Signals) -> None:
+def endless(store: Path, run: Path, mark: str, *overrides: str) -> subprocess.Popen[str]:
+    """A run of many steps that has taken its first; all its processes carry the mark."""
     process = subprocess.Popen(
-        arguments(domain_store, tmp_path / "run", "training.steps=1000"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, MARK: number.name},
+        arguments(store, run, "data.phases.train.steps=1000", *overrides),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: mark},
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step     1/1000"):
-            break
+            return process
+    raise AssertionError(process.communicate())
+
+
+def rank_process(mark: str, rank: int) -> int:
+    """The process of a rank."""
+    return next(
+        pid
+        for pid in marked(mark)
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_ended_saves_and_leaves_no_process(
+    domain_store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Also when its launcher is killed, by which the kernel tells the ranks to end."""
+    run = tmp_path / "run"
+    process = endless(domain_store, run, number.name, "training.save_every=0")
     assert len(marked(number.name)) >= 5  # this one and four ranks
-    second = sft(domain_store, tmp_path / "run", "training.steps=1000", code=2)
+    second = sft(domain_store, run, "data.phases.train.steps=1000", code=2)
     assert "another process is running in it" in second.stderr
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == (-9 if number is signal.SIGKILL else 128 + number)
-    if number is not signal.SIGKILL:
-        assert stderr == f"stopped by {number.name}\n"
+    if number is signal.SIGKILL:
+        process.wait(timeout=60)
+        # The ranks hold the directory until they have saved.
+        if marked(number.name):
+            assert "another process" in sft(domain_store, run, "data.phases.train.steps=1000", code=2).stderr
+        wait_until(lambda: not marked(number.name))
+        assert process.returncode == -9
+    else:
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 128 + number
+        assert stderr.splitlines() == [
+            f"{number.name}: the ranks end their step and save, for at most 600 s; again to end them at once",
+            f"stopped by {number.name}",
+        ]
+        assert "; start again to go on" in stdout
     wait_until(lambda: not marked(number.name))
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step_")) == metrics(run)[-1]["step"]
+
+
+def test_asked_twice_a_run_ends_at_once(domain_store: Path, tmp_path: Path) -> None:
+    """A rank that is stopped cannot save; the second signal does not wait for it."""
+    process = endless(domain_store, tmp_path / "run", "twice")
+    os.kill(rank_process("twice", 3), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    assert "again to end them at once" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)  # far below training.stop_seconds
+    assert process.returncode == 143
+    wait_until(lambda: not marked("twice"))
+
+
+def test_ranks_that_do_not_end_in_time_are_ended(domain_store: Path, tmp_path: Path) -> None:
+    process = endless(domain_store, tmp_path / "run", "late", "training.stop_seconds=2")
+    os.kill(rank_process("late", 1), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "for at most 2 s" in stderr
+    wait_until(lambda: not marked("late"))
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_is_stopped(domain_store: Path, tmp_path: Path) -> None:
+    process = endless(domain_store, tmp_path / "run", "hang", "training.hang_seconds=8")
+    os.kill(rank_process("hang", 2), signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert stderr.count("\n") == 1
+    assert stderr.startswith(
+        "error: no progress for training.hang_seconds=8: no sign of life from rank 2 (step "
+    )
+    assert (
+        "Current thread" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+        or "Thread 0x" in (tmp_path / "run" / "logs" / "rank_1.log").read_text()
+    )
+    wait_until(lambda: not marked("hang"))
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(domain_store: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        arguments(domain_store, tmp_path / "run", "training.steps=1000"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, MARK: "rank"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step     1/1000"):
-            break
+    process = endless(domain_store, tmp_path / "run", "rank")
     assert metrics(tmp_path / "run")[0]["step"] == 0
-    victim = next(
-        pid for pid in marked("rank") if b"RANK=2" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
-    os.kill(victim, signal.SIGKILL)
+    os.kill(rank_process("rank", 2), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 2 was killed by SIGKILL; its log: " in stderr
@@ -260,7 +312,7 @@ def test_real_trajectories_train(real_store: tuple[Path, Path], tmp_path: Path) 
         store, run, f"model.hf_config={tmp_path}", "data.row_tokens=8192", "data.window.prefix=task",
         "data.window.max_tokens=8192", "data.window.overlap_tokens=1024",
         "data.window.reserve_generation=512", "data.window.reserve_observation=1024",
-        "training.steps=3", "training.save_every=0", "training.eval_every=0",
+        "data.phases.train.steps=3", "training.save_every=0", "training.eval_every=0",
     )  # fmt: skip
     told = [line for line in metrics(run) if line["kind"] == "train"]
     assert [line["step"] for line in told] == [1, 2, 3]

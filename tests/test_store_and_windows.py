@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_klong.config import DataConfig, WindowConfig
+from megatron_klong.config import DataConfig, SourceConfig, WindowConfig
 from megatron_klong.data.dataset import build_datasets
 from megatron_klong.data.header import part, window_rule
 from megatron_klong.data.report import split_report
@@ -314,9 +314,15 @@ def test_missing_parts_and_other_versions_are_refused(tmp_path: Path) -> None:
         TokenStore(tmp_path / "small")
 
 
+def domain_config(store: Path, held_out: float) -> DataConfig:
+    return DataConfig(
+        sources={"domain": SourceConfig(store=store)}, window=DOMAIN_WINDOW, validation_fraction=held_out
+    )  # fmt: skip
+
+
 def test_train_and_validation_share_no_trajectory(domain_store: Path) -> None:
-    config = DataConfig(store=domain_store, window=DOMAIN_WINDOW, validation_fraction=0.25)
-    train, validation = build_datasets(config, seed=1)
+    windows = build_datasets(domain_config(domain_store, 0.25), seed=1)["domain"]
+    train, validation = windows.train, windows.validation
     assert validation is not None
 
     def trajectories(dataset: object) -> set[int]:
@@ -331,7 +337,8 @@ def test_train_and_validation_share_no_trajectory(domain_store: Path) -> None:
 def test_what_changes_the_windows_changes_the_identity(domain_store: Path) -> None:
     def identity(**change: object) -> str:
         window = DOMAIN_WINDOW.model_copy(update=change)
-        return build_datasets(DataConfig(store=domain_store, window=window), 1)[0].unique_description_hash
+        config = domain_config(domain_store, 0.05).model_copy(update={"window": window})
+        return build_datasets(config, 1)["domain"].train.unique_description_hash
 
     base = identity()
     assert base == identity()
@@ -345,11 +352,8 @@ def test_what_changes_the_windows_changes_the_identity(domain_store: Path) -> No
 def test_a_split_without_room_is_refused(domain_store: Path) -> None:
     for fraction in (0.01, 0.99):
         with pytest.raises(ValueError, match=r"validation_fraction=.* of the 12 trajectories"):
-            build_datasets(
-                DataConfig(store=domain_store, window=DOMAIN_WINDOW, validation_fraction=fraction), 1
-            )
-    train, validation = build_datasets(
-        DataConfig(store=domain_store, window=DOMAIN_WINDOW, validation_fraction=0), 1
-    )
-    assert validation is None
+            build_datasets(domain_config(domain_store, fraction), 1)
+    windows = build_datasets(domain_config(domain_store, 0), 1)["domain"]
+    train = windows.train
+    assert windows.validation is None
     assert {train.sample(index).trajectory for index in range(len(train))} == set(range(12))

@@ -8,19 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from megatron_klong.config import BlendConfig, DataConfig, WindowConfig
+from megatron_klong.config import WindowConfig
 from megatron_klong.data.blocks import TRAINED
 from megatron_klong.data.check import check_store, shown_text
-from megatron_klong.data.dataset import BlendedWindows, build_datasets
 from megatron_klong.data.header import PARTS, part
-from megatron_klong.data.rows import PackedRows
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.tokenize import TokenizeProgress, tokenize
 from megatron_klong.trajectory.formats import FORMATS
@@ -255,92 +252,6 @@ def test_a_store_that_was_changed_is_found_out(tmp_path: Path, suffix: str) -> N
 
 
 # Blends
-
-
-@pytest.fixture(scope="module")
-def chats(domain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small store of short chats, of the domain's tokenizer."""
-    folder = tmp_path_factory.mktemp("chats")
-    lines = [
-        write_openai_chat(Trajectory(f"chat-{n}", (Message("user", f"{n}"), Message("assistant", f"{n}{n}"))))
-        for n in range(10)
-    ]
-    (folder / "t.jsonl").write_text("\n".join(lines) + "\n")
-    tokenize(folder / "t.jsonl", folder / "store", renderer="glm-4.5", tokenizer=domain / "tokenizer")
-    return folder / "store"
-
-
-DOMAIN_WINDOW = WindowConfig(
-    max_tokens=256, overlap_tokens=48, reserve_generation=40, reserve_observation=40, prefix="reading",
-    max_prefix_fraction=0.3,
-)  # fmt: skip
-
-
-def blend(domain_store: Path, chats: Path, *weights: float) -> BlendedWindows:
-    config = DataConfig(
-        store=domain_store, blend=tuple(BlendConfig(store=chats, weight=weight) for weight in weights),
-        window=DOMAIN_WINDOW, validation_fraction=0.25,
-    )  # fmt: skip
-    train, validation = build_datasets(config, seed=1)
-    assert isinstance(train, BlendedWindows) and isinstance(validation, BlendedWindows)
-    assert not set(windows_of(validation, 0)) & set(windows_of(train, 0))
-    return train
-
-
-def windows_of(blended: BlendedWindows, epoch: int) -> list[bytes]:
-    """The tokens of all windows of an epoch."""
-    samples = blended.epoch(epoch)
-    found = []
-    for index, length in enumerate(samples.lengths.tolist()):
-        tokens, mask = np.empty(length, dtype=np.int64), np.empty(length, dtype=bool)
-        samples.packable(index).write(tokens, mask)
-        found.append(tokens.tobytes())
-    return found
-
-
-@pytest.mark.parametrize("weights", [(0.5,), (2.0,), (0.05,), (0.05, 0.05, 0.3), (0.01,)])
-def test_an_epoch_of_a_blend_has_each_window_of_the_first_store_once(
-    domain_store: Path, chats: Path, weights: tuple[float, ...]
-) -> None:
-    alone, _ = build_datasets(
-        DataConfig(store=domain_store, window=DOMAIN_WINDOW, validation_fraction=0.25), seed=1
-    )
-    assert not isinstance(alone, BlendedWindows)
-    of_alone = {alone.sample(n).tokens_T.tobytes() for n in range(len(alone))}
-    mixed = blend(domain_store, chats, *weights)
-    chat_windows: list[bytes] = []
-    for epoch in range(12):
-        windows = windows_of(mixed, epoch)
-        of_domain = [window for window in windows if window in of_alone]
-        assert len(of_domain) == len(set(of_domain)) == len(of_alone)
-        others = [window for window in windows if window not in of_alone]
-        assert len(others) == sum(max(1, round(weight * len(of_alone))) for weight in weights)
-        chat_windows += others
-    # Every chat comes, and equally often but for one time, however few an epoch has.
-    if len(weights) == 1:
-        counts = Counter(chat_windows)
-        assert len(counts) == 8 and max(counts.values()) - min(counts.values()) <= 1
-
-
-def test_a_blend_goes_on_at_another_data_parallel_size(domain_store: Path, chats: Path) -> None:
-    """Rows are numbered: what two ranks read, in turn, is what one reads; also into the next epoch."""
-    ours = PackedRows(blend(domain_store, chats, 1.0), 512, seed=3)
-    theirs = PackedRows(blend(domain_store, chats, 1.0), 512, seed=3)
-    count = 2 * ours.rows_per_epoch
-    one = [ours.row(n).tokens_R for n in range(count)]
-    two = {n: theirs.row(n).tokens_R for rank in (1, 0) for n in range(rank, count, 2)}
-    assert all(np.array_equal(one[n], two[n]) for n in range(count))
-    assert len({row.tobytes() for row in one}) > ours.rows_per_epoch  # epochs are packed differently
-
-
-def test_stores_of_other_tokenizers_are_not_blended(domain_store: Path, tmp_path: Path) -> None:
-    other = text_store(tmp_path, "glm-4.5", TRAJECTORY)
-    config = DataConfig(
-        store=domain_store, blend=(BlendConfig(store=other.prefix, weight=1.0),), window=DOMAIN_WINDOW,
-        validation_fraction=0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="was made with another tokenizer or chat format"):
-        build_datasets(config, seed=1)
 
 
 def test_renderers_are_found_by_file_or_folder(domain: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_klong.cli.shared import AsJson, print_json, quiet
 from megatron_klong.config import RlConfig, SftConfig, load_config
 from megatron_klong.platform.lifetime import die_with_parent
 
@@ -17,18 +18,63 @@ def sft(
     overrides: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = [],  # noqa: B006
     nproc: Annotated[int | None, typer.Option(help="Ranks to start here (parallel.nproc).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in run.dir first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would be; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune on split trajectories; started again, it resumes from the last checkpoint.
 
-    Starts its own ranks on this node; under torchrun it is one rank.
+    Starts its own ranks on this node; under torchrun or srun it is one rank. SIGTERM or Ctrl-C ends it after
+    the present step, with a checkpoint. With --dry-run it needs neither GPUs nor ranks: --nproc says of how
+    many ranks the run would be.
 
     Example: klong sft examples/quickstart/sft.yaml optimizer.lr=1e-3
     """
-    from megatron_klong.training.start import start_sft
-
     if nproc is not None:
         overrides = [*overrides, f"parallel.nproc={nproc}"]
-    raise typer.Exit(start_sft(load_config(SftConfig, config, overrides), fresh=fresh))
+    settings = load_config(SftConfig, config, overrides)
+    if dry_run:
+        _show_plan(settings, as_json=as_json)
+        return
+    from megatron_klong.training.start import start_sft
+
+    raise typer.Exit(start_sft(settings, fresh=fresh))
+
+
+def _show_plan(config: SftConfig, *, as_json: bool) -> None:
+    # The CPU stands for every device, also where there are GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    quiet()
+    from megatron_klong.training.dry_run import plan_sft
+    from megatron_klong.training.preflight import check_sft
+
+    check_sft(config)
+    plan = plan_sft(config)
+    if as_json:
+        print_json(plan)
+        return
+    counts = plan.parameters
+    prediction = f", and {counts.prediction:,} of prediction layers" if counts.prediction else ""
+    print(f"model       {counts.total:,} parameters, {counts.active:,} active{prediction}")
+    print(f"layout      {plan.layout}")
+    for number, stage in enumerate(plan.stages):
+        print(f"  stage {number}   {stage.parameters:,} parameters on each rank (rank {stage.rank} and on)")
+    for source in plan.sources:
+        print(
+            f"source      {source.name}: {source.train_windows:,} windows of {source.train_tokens:,} tokens, "
+            f"{source.held_out_windows:,} held out"
+        )
+    for phase in plan.phases:
+        last = phase.first_step + phase.steps - 1
+        print(
+            f"phase       {phase.name}: steps {phase.first_step:,} to {last:,}, about {phase.tokens:,} tokens"
+        )
+    print(
+        f"step        {plan.rows_per_step:,} rows of {plan.row_tokens:,} tokens, {plan.micro_batches:,} on "
+        "each data-parallel rank"
+    )
+    print(f"checkpoint  {plan.checkpoint_bytes / 1e9:,.3f} GB; all at a time {plan.disk_bytes / 1e9:,.3f} GB")
 
 
 def rl(

@@ -1,6 +1,7 @@
 """Settings: pydantic models, YAML, ``key=value`` overrides. Imports neither torch nor vllm."""
 
 from megatron_klong.config.base import StrictModel
+from megatron_klong.config.data import DataConfig, MixConfig, PhaseConfig, SourceConfig
 from megatron_klong.config.load import (
     config_keys,
     dump_config,
@@ -20,8 +21,8 @@ from megatron_klong.config.rl import (
 from megatron_klong.config.sandbox import SandboxConfig
 from megatron_klong.config.server import ServerConfig, TransferBackend
 from megatron_klong.config.sft import (
-    BlendConfig,
-    DataConfig,
+    AnomalyConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     RouterConfig,
@@ -29,17 +30,21 @@ from megatron_klong.config.sft import (
     SftConfig,
     TrainerSettings,
     TrainingConfig,
+    WandbConfig,
 )
 from megatron_klong.config.window import PrefixRule, UntrainablePolicy, WindowConfig
 
 __all__ = [
-    "BlendConfig",
+    "AnomalyConfig",
     "DataConfig",
     "EvaluationConfig",
+    "LogConfig",
+    "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PhaseConfig",
     "PrefixRule",
     "RlConfig",
     "RolloutConfig",
@@ -48,6 +53,7 @@ __all__ = [
     "SandboxConfig",
     "ServerConfig",
     "SftConfig",
+    "SourceConfig",
     "StageConfig",
     "StrictModel",
     "TasksConfig",
@@ -55,6 +61,7 @@ __all__ = [
     "TrainingConfig",
     "TransferBackend",
     "UntrainablePolicy",
+    "WandbConfig",
     "WindowConfig",
     "config_keys",
     "dump_config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -42,7 +42,8 @@ def validate_config(model: type[Model], values: dict[str, Any], origin: str) -> 
     except ValidationError as error:
         # A typo shows as an unknown key and, where the key is required, as a missing one too.
         first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        path = [str(part) for part in first["loc"]]
+        # A value of several possible types is tried as each; their names are no part of the key.
+        path = [str(part) for part in first["loc"] if not str(part).startswith(("literal[", "tuple["))]
         rest = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ValueError(f"config {origin}: {_explain(model, path, first)}{rest}") from error
 
@@ -53,11 +54,13 @@ def dump_config(config: BaseModel) -> str:
 
 
 def config_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """All dotted keys of a model, sections included."""
+    """All dotted keys of a model, sections included; ``NAME`` stands for a name of the user's choice."""
     for name, field in model.model_fields.items():
         yield above + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from config_keys(field.annotation, f"{above}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                named = "NAME." if get_origin(field.annotation) is dict else ""
+                yield from config_keys(part, f"{above}{name}.{named}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -99,11 +102,19 @@ def _explain(model: type[BaseModel], path: list[str], error: Any) -> str:
 
 def _hint(model: type[BaseModel], path: list[str]) -> str:
     """The valid key whose last part is nearest; of equal ones, that of the same section."""
-    above = ".".join(path[:-1])
+    above = _section(model, path[:-1])
     keys = [key.rpartition(".") for key in config_keys(model)]
-    siblings = {name: f"{section}{dot}{name}" for section, dot, name in keys if section == above}
+    siblings = {name: ".".join([*path[:-1], name]) for section, _, name in keys if section == above}
     everywhere = {name: f"{section}{dot}{name}" for section, dot, name in keys} | siblings
-    close = difflib.get_close_matches(path[-1], everywhere, n=1)
-    if close:
+    if close := difflib.get_close_matches(path[-1], everywhere, n=1):
         return f"; did you mean {everywhere[close[0]]!r}?"
     return f"; valid here: {', '.join(siblings)}"
+
+
+def _section(model: type[BaseModel], path: Sequence[str]) -> str:
+    """A section as :func:`config_keys` writes it, with ``NAME`` for names of the user's choice."""
+    parts: list[str] = []
+    keys = set(config_keys(model))
+    for name in path:
+        parts.append(name if ".".join([*parts, name]) in keys else "NAME")
+    return ".".join(parts)

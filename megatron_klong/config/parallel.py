@@ -41,6 +41,13 @@ class ParallelConfig(StrictModel):
         """DP: how many copies of the model ``world_size`` ranks hold."""
         return world_size // (self.tensor * self.context * self.pipeline)
 
+    def described(self, world_size: int) -> str:
+        """For a person."""
+        return (
+            f"{world_size} ranks: TP{self.tensor} CP{self.context} PP{self.pipeline} EP{self.expert} "
+            f"DP{self.data(world_size)}"
+        )
+
     def check(self, world_size: int) -> None:
         """Refuse a number of ranks that the layout does not divide.
 

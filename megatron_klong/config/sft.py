@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from megatron_klong.config.base import StrictModel
+from megatron_klong.config.data import DataConfig
 from megatron_klong.config.parallel import ParallelConfig
 from megatron_klong.config.presets import preset_file
-from megatron_klong.config.window import WindowConfig
 
 
 class RunConfig(StrictModel):
@@ -20,7 +21,7 @@ class RunConfig(StrictModel):
     """The run directory: resolved config, metrics, checkpoints. One run per directory."""
 
     seed: int = Field(default=1234, ge=0, lt=2**32)
-    """Seeds the fresh weights and the order of the data."""
+    """Seeds the fresh weights, the order of the data, and the random numbers of every step."""
 
 
 class RouterConfig(StrictModel):
@@ -51,6 +52,9 @@ class RouterConfig(StrictModel):
         return self
 
 
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+
+
 class ModelConfig(StrictModel):
     """Which model is trained."""
 
@@ -63,6 +67,19 @@ class ModelConfig(StrictModel):
     weights: Path | None = None
     """Hugging Face folder with safetensors, or Megatron checkpoint, to start from. Default: fresh
     weights from the seed."""
+
+    recompute: Literal["none", "full"] | tuple[RecomputedModule, ...] = "none"
+    """Activations that are computed again in the backward pass instead of kept: none; those of whole layers;
+    or those of the modules listed (Megatron's names). The result is the same."""
+
+    recompute_layers: int | None = Field(default=None, gt=0)
+    """With `recompute: full`, how many layers of each pipeline stage. Default: all."""
+
+    deterministic: bool = False
+    """Choose kernels that give the same bits each time, at some cost in speed (a CPU always has them)."""
+
+    loss_chunk_tokens: int = Field(default=1024, gt=0)
+    """Tokens whose logits exist at a time: of this many, not of the whole row, over the vocabulary."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and activations. Gradients and optimizer state are fp32 either way."""
@@ -84,6 +101,22 @@ class ModelConfig(StrictModel):
             preset_file(self.preset)
         return self
 
+    @model_validator(mode="after")
+    def _layers_fit(self) -> ModelConfig:
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(
+                f"model.recompute_layers={self.recompute_layers} needs model.recompute=full, not "
+                f"{self.recompute!r}"
+            )
+        counts_tokens = self.router.balancing != "none" or self.router.bias_update_rate > 0
+        if self.recompute_layers is not None and (self.prediction == "train" or counts_tokens):
+            # Megatron has no such mode for prediction layers, and counts padding in layers that it skips.
+            raise ValueError(
+                f"model.recompute_layers={self.recompute_layers}: with trained prediction layers or balanced "
+                "routers all layers are recomputed, or none; leave it out"
+            )
+        return self
+
     @property
     def shape(self) -> Path:
         """The `config.json` (or its folder) that says what the model is."""
@@ -91,45 +124,6 @@ class ModelConfig(StrictModel):
             return preset_file(self.preset)
         assert self.hf_config is not None
         return self.hf_config
-
-
-class BlendConfig(StrictModel):
-    """Another source of data."""
-
-    store: Path
-    """PREFIX of its token store, of the same tokenizer; general chat data are trajectories too."""
-
-    weight: float = Field(gt=0)
-    """Windows of it for each window of `data.store`. Those of a small store come more than once an epoch."""
-
-
-class DataConfig(StrictModel):
-    """What is trained on."""
-
-    store: Path
-    """PREFIX of a token store, as written by `klong data tokenize`. An epoch has each of its windows once."""
-
-    blend: tuple[BlendConfig, ...] = ()
-    """More stores, mixed in."""
-
-    window: WindowConfig
-    """How its trajectories are split."""
-
-    row_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of a packed row, which is one micro-batch. Default: the window's max_tokens."""
-
-    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the trajectories that is held out, the last ones of the store. 0 holds out none."""
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a packed row, resolved."""
-        return self.row_tokens or self.window.max_tokens
-
-    @property
-    def stores(self) -> tuple[Path, ...]:
-        """All stores."""
-        return (self.store, *(source.store for source in self.blend))
 
 
 class OptimizerConfig(StrictModel):
@@ -141,8 +135,15 @@ class OptimizerConfig(StrictModel):
     min_lr: float = Field(default=0.0, ge=0)
     """Where the decay ends."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape of the decay after the warm-up; `wsd` (warm-up, stable, decay) keeps the peak rate until the last
+    `decay_steps`."""
+
+    decay_steps: int | None = Field(default=None, gt=0)
+    """With `schedule: wsd`, the steps of its decay at the end. Default: a tenth of the run."""
+
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """With `schedule: wsd`, the shape of that decay."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
@@ -161,6 +162,32 @@ class OptimizerConfig(StrictModel):
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr={self.min_lr} must not exceed optimizer.lr={self.lr}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_steps={self.decay_steps} is of schedule=wsd, not {self.schedule}"
+            )
+        return self
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a warm-up or a decay that does not fit in a run of so many steps (ValueError)."""
+        if self.warmup_steps >= steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} must be below the run's {steps} optimizer steps"
+            )
+        if self.schedule == "wsd" and self.warmup_steps + self.last_steps(steps) > steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} and decay_steps={self.last_steps(steps)} exceed "
+                f"the run's {steps} optimizer steps"
+            )
+
+    def last_steps(self, steps: int) -> int:
+        """Steps of the decay of `wsd` in a run of so many steps."""
+        return self.decay_steps or max(1, steps // 10)
 
 
 class TrainerSettings(StrictModel):
@@ -199,41 +226,99 @@ class TrainerSettings(StrictModel):
                 f"{row_field}={self.row_tokens} is no multiple of {self.parallel.row_divisor}, which "
                 f"parallel.tensor={self.parallel.tensor} and parallel.context={self.parallel.context} need"
             )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr} must not exceed optimizer.lr={self.optimizer.lr}"
-            )
-        if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below the run's "
-                f"{self.steps} optimizer steps"
-            )
+        self.optimizer.check_steps(self.steps)
+
+
+class AnomalyConfig(StrictModel):
+    """What is done about a step that went wrong. Each is reported with the trajectories of its batch."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not a number: `stop`, or `skip` the batch without an update."""
+
+    spike: Literal["report", "skip", "stop"] = "report"
+    """A loss far above those before it: only `report` it, `skip` the batch, or `stop`."""
+
+    spike_deviations: float = Field(default=10.0, gt=0)
+    """How far: above the median of the last `spike_steps` losses of the phase, in standard deviations (1.4826
+    times their median absolute deviation, but at least 2% of the median)."""
+
+    spike_steps: int = Field(default=64, ge=2)
+    """Losses that a loss is compared with; the first half as many of a phase are not judged."""
+
+    most_skipped: int = Field(default=5, gt=0)
+    """So many batches skipped in a row stop the run."""
 
 
 class TrainingConfig(StrictModel):
-    """How long, how much at a time, and what is written."""
-
-    steps: int = Field(gt=0)
-    """Optimizer steps of the whole run."""
+    """How much at a time, and what is written."""
 
     global_batch_rows: int = Field(gt=0)
     """Packed rows per step over all data-parallel ranks."""
 
     eval_every: int = Field(default=100, ge=0)
-    """Steps between evaluations on the held-out trajectories (also before the first and after the
-    last step); 0 never evaluates."""
+    """Steps between evaluations on the held-out trajectories of every source (also before the first and after
+    the last step); 0 never evaluates."""
 
     eval_rows: int = Field(default=64, gt=0)
-    """Held-out rows per evaluation, at most; always the same ones."""
+    """Held-out rows of each source per evaluation, at most; always the same ones."""
 
     save_every: int = Field(default=500, ge=0)
     """Steps between checkpoints, beside the one at the end; 0 saves at the end only."""
 
+    save_in_background: bool = True
+    """Write checkpoints while training goes on, from a copy in the host's memory."""
+
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are deleted after a new one is complete."""
 
-    log_every: int = Field(default=10, gt=0)
-    """Steps between progress lines; `metrics.jsonl` has every step."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are a multiple of it are kept for good; 0 keeps none beside the last."""
+
+    anomalies: AnomalyConfig = AnomalyConfig()
+    """What is done about losses that are no numbers, or spikes."""
+
+    hang_seconds: float = Field(default=1800.0, gt=0)
+    """When a rank makes no progress for so long, the one that all wait for is named and the run stopped."""
+
+    stop_seconds: float = Field(default=600.0, gt=0)
+    """After SIGTERM, SIGINT or SIGHUP the ranks have so long to end their step and save."""
+
+
+class WandbConfig(StrictModel):
+    """Weights & Biases."""
+
+    project: str = "megatron_klong"
+    """Project of the runs."""
+
+    entity: str | None = None
+    """User or team. Default: that of the API key."""
+
+    name: str | None = None
+    """Of this run. Default: chosen by W&B."""
+
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes into the run directory, for `wandb sync`; so does `online` where W&B cannot be
+    reached."""
+
+    timeout_seconds: float = Field(default=30.0, gt=0)
+    """How long the run waits for W&B, at its start and at its end."""
+
+
+class LogConfig(StrictModel):
+    """Where a run says what it does, beside `metrics.jsonl`, which has every step."""
+
+    every: int = Field(default=10, gt=0)
+    """Steps between progress lines."""
+
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Of one device at the model's precision, for model FLOPs utilization (MFU). Default: known for common
+    GPUs; without it the achieved TFLOP/s are shown."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run directory."""
+
+    wandb: WandbConfig | None = None
+    """Log to Weights & Biases; `log.wandb={}` takes all defaults."""
 
 
 class SftConfig(StrictModel):
@@ -245,19 +330,26 @@ class SftConfig(StrictModel):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
+    log: LogConfig = LogConfig()
 
-    @property
-    def trainer_settings(self) -> TrainerSettings:
-        """What the trainer is built from."""
-        return TrainerSettings(
+    def trainer_settings(self, steps: int) -> TrainerSettings:
+        """What the trainer of a run of so many steps is built from.
+
+        Raises:
+            ValueError: settings do not agree.
+        """
+        settings = TrainerSettings(
             model=self.model, parallel=self.parallel, optimizer=self.optimizer,
-            row_tokens=self.data.row_length, steps=self.training.steps, seed=self.run.seed,
+            row_tokens=self.data.row_length, steps=steps, seed=self.run.seed,
         )  # fmt: skip
+        settings.check("data.row_tokens", self.data.window.max_tokens)
+        return settings
 
     @model_validator(mode="after")
     def _fields_agree(self) -> SftConfig:
         self.check_world(self.parallel.world_size)
-        self.trainer_settings.check("data.row_tokens", self.data.window.max_tokens)
+        # A phase that ends with its data has as many steps as that makes, which is checked when it is known.
+        self.trainer_settings(self.data.fixed_steps or sys.maxsize)
         return self
 
     def check_world(self, world_size: int) -> None:

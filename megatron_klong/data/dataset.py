@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import (
     BlendedMegatronDatasetBuilder,
 )
@@ -19,7 +17,8 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_klong.config import DataConfig, WindowConfig
-from megatron_klong.data.header import held_out_trajectories, read_headers, window_rule
+from megatron_klong.data.header import StoreHeader, held_out_trajectories, read_headers, window_rule
+from megatron_klong.data.rows import SampleName
 from megatron_klong.data.store import TokenStore
 from megatron_klong.data.windows import (
     StoredWindow,
@@ -36,12 +35,14 @@ class SplitTrajectoryDatasetConfig(BlendedMegatronDatasetConfig):
     Attributes:
         window: the window settings.
         window_key: the same as JSON: Megatron hashes it into the identity of the index.
-        store_hashes: content hashes of the blended stores, likewise.
+        store_hash: content hash of the store, likewise.
+        source: what the run calls the store.
     """
 
     window: WindowConfig
     window_key: str
-    store_hashes: tuple[str, ...]
+    store_hash: str
+    source: str
 
 
 class SplitTrajectoryDataset(MegatronDataset):
@@ -64,6 +65,7 @@ class SplitTrajectoryDataset(MegatronDataset):
         rule = window_rule(config.window, dataset.header)
         self._store = dataset
         self._assembler = WindowAssembler(rule, dataset.header)
+        self._source = config.source
         self._windows = split_store(dataset, rule, config.window, np.asarray(indices))
         self._places = np.flatnonzero(self._windows.table.trains)
         self.lengths = self._windows.table.tokens[self._places]
@@ -79,7 +81,7 @@ class SplitTrajectoryDataset(MegatronDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
-        return [*MegatronDataset._key_config_attributes(), "window_key", "store_hashes"]
+        return [*MegatronDataset._key_config_attributes(), "window_key", "store_hash"]
 
     def __len__(self) -> int:
         return self.num_samples or len(self._places)
@@ -92,8 +94,16 @@ class SplitTrajectoryDataset(MegatronDataset):
         """Window ``index``, counted on over the end."""
         place = int(self._places[index % len(self._places)])
         number = int(self._windows.numbers[self._windows.table.trajectory[place]])
+        blocks = self._store.trajectory(number)
         window = self._windows.table.window(place)
-        return self._assembler.stored(window, self._store.trajectory(number), number)
+        return self._assembler.stored(window, blocks, number, f"{self._source}/{blocks.label.id}")
+
+    def name(self, index: int) -> SampleName:
+        """What window ``index`` is called, without its tokens."""
+        place = int(self._places[index % len(self._places)])
+        number = int(self._windows.numbers[self._windows.table.trajectory[place]])
+        label = self._store.labels[number].id
+        return f"{self._source}/{label}", int(self._windows.table.number[place])
 
     def sample(self, index: int) -> TrainingSample:
         """Tokens and loss mask of window ``index``."""
@@ -106,92 +116,44 @@ class SplitTrajectoryDataset(MegatronDataset):
 
 
 @dataclass(frozen=True)
-class BlendedEpoch:
-    """The windows of one epoch of a blend.
+class SourceWindows:
+    """The windows of one source; no trajectory is in both parts."""
 
-    Attributes:
-        sources: the blended datasets.
-        source, window: of each: which of them, and which window there.
-        lengths: in tokens, int64.
-    """
-
-    sources: tuple[SplitTrajectoryDataset, ...]
-    source: np.ndarray
-    window: np.ndarray
-    lengths: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def packable(self, index: int) -> StoredWindow:
-        """Window ``index`` of the epoch."""
-        return self.sources[self.source[index]].packable(int(self.window[index]))
+    train: SplitTrajectoryDataset
+    validation: SplitTrajectoryDataset | None
 
 
-class BlendedWindows:
-    """Windows of several stores: in each epoch all of the first, and of the others the next by their weights.
-
-    Megatron builds and blends the datasets by sample; which samples an epoch has is decided here, since its
-    blend has no epochs: it would bring the same part of a large store again and again.
-    """
-
-    def __init__(self, blended: BlendedDataset, weights: Sequence[float]) -> None:
-        self.sources = tuple(blended.datasets)
-        sizes = [len(source.lengths) for source in self.sources]
-        self._counts = [sizes[0], *(max(1, round(weight * sizes[0])) for weight in weights)]
-        self._sizes = sizes
-
-    def __len__(self) -> int:
-        return sum(self._counts)
-
-    def epoch(self, number: int) -> BlendedEpoch:
-        """The windows of an epoch, from 0."""
-        windows = [
-            (number * count + np.arange(count)) % size for count, size in zip(self._counts, self._sizes)
-        ]
-        return BlendedEpoch(
-            self.sources,
-            np.repeat(np.arange(len(windows)), self._counts),
-            np.concatenate(windows),
-            np.concatenate([source.lengths[chosen] for source, chosen in zip(self.sources, windows)]),
-        )
-
-
-Windows = SplitTrajectoryDataset | BlendedWindows
-
-
-def build_datasets(config: DataConfig, seed: int) -> tuple[Windows, Windows | None]:
-    """Train and validation windows, no trajectory in both.
+def build_datasets(config: DataConfig, seed: int) -> dict[str, SourceWindows]:
+    """Train and validation windows of every source by name, built by Megatron.
 
     Raises:
         ValueError: a store cannot be read or has too few trajectories for the split, or nothing
             in it can be trained.
     """
-    headers = read_headers(config)
-    held_out = held_out_trajectories(config.store, config.validation_fraction, headers[0].trajectories)
+    return {
+        name: _source_windows(config, name, header, seed) for name, header in read_headers(config).items()
+    }
+
+
+def _source_windows(config: DataConfig, name: str, header: StoreHeader, seed: int) -> SourceWindows:
+    held_out = held_out_trajectories(config, name, header.trajectories)
     megatron_config = SplitTrajectoryDatasetConfig(
         random_seed=seed,
         sequence_length=config.row_length,
-        blend=([str(store) for store in config.stores], None),
-        split=f"{headers[0].trajectories - held_out},{held_out},0",
+        blend=([str(config.sources[name].store)], None),
+        split=f"{header.trajectories - held_out},{held_out},0",
         window=config.window,
         window_key=config.window.model_dump_json(),
-        store_hashes=tuple(header.content_sha256 for header in headers),
+        store_hash=header.content_sha256,
+        source=name,
     )
     train, validation, _ = BlendedMegatronDatasetBuilder(
         SplitTrajectoryDataset, [None, None, None], lambda: True, megatron_config
     ).build()
-    return _usable(train, "train", config), validation and _usable(validation, "validation", config)
-
-
-def _usable(dataset: SplitTrajectoryDataset | BlendedDataset, name: str, config: DataConfig) -> Windows:
-    sources = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
-    for store, source in zip(config.stores, sources):
-        if not len(source.lengths):
+    for part, dataset in (("train", train), ("validation", validation)):
+        if dataset is not None and not len(dataset.lengths):
             raise ValueError(
-                f"store {store}: no {name} trajectory has a trainable token under data.window; "
-                "`klong data split` tells why"
+                f"data.sources.{name}: no {part} trajectory of {config.sources[name].store} has a trainable "
+                "token under data.window; `klong data split` tells why"
             )
-    if not isinstance(dataset, BlendedDataset):
-        return dataset
-    return BlendedWindows(dataset, [source.weight for source in config.blend])
+    return SourceWindows(train, validation)

@@ -91,35 +91,38 @@ def window_rule(config: WindowConfig, header: StoreHeader) -> ContextWindow:
     )
 
 
-def held_out_trajectories(store: Path, fraction: float, trajectories: int) -> int:
-    """How many of a store's trajectories are held out, the last ones.
+def held_out_trajectories(config: DataConfig, source: str, trajectories: int) -> int:
+    """How many of a source's trajectories are held out, the last ones.
 
     Raises:
         ValueError: the fraction leaves none to train, or none to hold out although some are wanted.
     """
+    fraction = config.held_out(source)
     held_out = round(trajectories * fraction)
     if (fraction and not held_out) or held_out == trajectories:
         raise ValueError(
-            f"data.validation_fraction={fraction} of the {trajectories} trajectories of {store} leaves "
-            f"{trajectories - held_out} to train and {held_out} to validate; change it, or set it to 0"
+            f"data.validation_fraction={fraction} of the {trajectories} trajectories of {source} leaves "
+            f"{trajectories - held_out} to train and {held_out} to validate; change it, or set it to 0 "
+            f"(data.sources.{source}.validation_fraction, for this source alone)"
         )
     return held_out
 
 
-def read_headers(config: DataConfig) -> tuple[StoreHeader, ...]:
-    """The headers of all stores of a config, checked against one another and the window.
+def read_headers(config: DataConfig) -> dict[str, StoreHeader]:
+    """The headers of all sources of a config by name, checked against one another and the window.
 
     Raises:
         ValueError: one cannot be read, has another tokenizer than the first, or too few trajectories.
     """
-    headers = tuple(read_header(store) for store in config.stores)
-    first = headers[0]
-    for store, header in zip(config.stores, headers):
+    headers = {name: read_header(source.store) for name, source in config.sources.items()}
+    first_name, first = next(iter(headers.items()))
+    for name, header in headers.items():
         window_rule(config.window, header)
-        held_out_trajectories(store, config.validation_fraction, header.trajectories)
+        held_out_trajectories(config, name, header.trajectories)
         if (header.renderer, header.tokenizer_sha256) != (first.renderer, first.tokenizer_sha256):
             raise ValueError(
-                f"data.blend: store {store} was made with another tokenizer or chat format than "
-                f"{config.store}; tokenize both with the tokenizer of the model"
+                f"data.sources.{name}.store={config.sources[name].store}: was made with another tokenizer or "
+                f"chat format than {first_name} ({config.sources[first_name].store}); tokenize both with the "
+                "tokenizer of the model"
             )
     return headers

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from megatron_klong.data.packing import pack_rows
+
+SampleName = tuple[str | int, int]
+"""What its trajectory is called, and which of its windows it is."""
 
 
 class Packable(Protocol):
@@ -25,9 +29,7 @@ class Packable(Protocol):
         ...
 
     @property
-    def name(self) -> tuple[int, int]:
-        """Numbers of its trajectory and window."""
-        ...
+    def name(self) -> SampleName: ...
 
     def write(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
         """Write tokens (int64) and loss mask (bool) into arrays of its length."""
@@ -43,6 +45,10 @@ class Samples(Protocol):
         ...
 
     def packable(self, index: int) -> Packable: ...
+
+    def name(self, index: int) -> SampleName:
+        """Of sample ``index``, without making it."""
+        ...
 
 
 class SampleSource(Protocol):
@@ -70,7 +76,7 @@ class PackedRow:
         labels_R: int64, the next token of the same sample.
         loss_mask_R: float32, 1 where the label is trained on.
         cu_seqlens: int32, document boundaries from 0 to R.
-        samples: trajectory and window numbers of the samples, in order.
+        samples: names of the samples, in order.
         sample_tokens: tokens of all samples, padding excluded.
         units: what the row counts in the mean over a batch; its trained tokens, unless an objective is
             a mean over something else.
@@ -80,9 +86,15 @@ class PackedRow:
     labels_R: np.ndarray
     loss_mask_R: np.ndarray
     cu_seqlens: np.ndarray
-    samples: tuple[tuple[int, int], ...]
+    samples: tuple[SampleName, ...]
     sample_tokens: int
     units: int
+
+    @property
+    def attended_pairs(self) -> int:
+        """Of a token of a sample and one that it sees, itself included."""
+        lengths = np.diff(self.cu_seqlens[: len(self.samples) + 1].astype(np.int64))
+        return int((lengths * (lengths + 1) // 2).sum())
 
 
 def fill_row(samples: Sequence[Packable], row_tokens: int) -> PackedRow:
@@ -130,24 +142,58 @@ def balanced(costs: Sequence[float], ways: int) -> list[list[int]]:
 
 
 class PackedRows:
-    """An endless sequence of rows over a source: epoch after epoch, each in an order of its own."""
+    """A sequence of rows over a source: epoch after epoch, each in an order of its own.
 
-    def __init__(self, source: SampleSource, row_tokens: int, seed: int) -> None:
+    Args:
+        passes: epochs that there are; rows behind them are empty. None for no end.
+    """
+
+    def __init__(
+        self, source: SampleSource, row_tokens: int, seed: int, *, passes: int | None = None
+    ) -> None:
         self._source = source
         self.row_tokens = row_tokens
         self._seed = seed
+        self._passes = passes
         self._ends: list[int] = []
         self._plans: dict[int, _Epoch] = {}
 
+    @property
+    def empty(self) -> PackedRow:
+        """A row of padding."""
+        return fill_row([], self.row_tokens)
+
     def row(self, position: int) -> PackedRow:
         """Row ``position`` of the whole run, counted from 0."""
+        if self._is_behind(position):
+            return self.empty
         samples, indices = self._row(position)
         return fill_row([samples.packable(index) for index in indices.tolist()], self.row_tokens)
 
     def cost(self, position: int) -> float:
         """Of the attention of a row: pairs of tokens that see each other."""
+        if self._is_behind(position):
+            return 0.0
         samples, indices = self._row(position)
         return float((samples.lengths[indices].astype(np.float64) ** 2).sum())
+
+    def names(self, position: int) -> tuple[SampleName, ...]:
+        """Of the samples of a row, in order."""
+        if self._is_behind(position):
+            return ()
+        samples, indices = self._row(position)
+        return tuple(samples.name(index) for index in indices.tolist())
+
+    @cached_property
+    def total(self) -> int:
+        """Rows of all passes."""
+        assert self._passes is not None, "rows without end"
+        while len(self._ends) < self._passes:
+            self._plan_next()
+        return self._ends[-1]
+
+    def _is_behind(self, position: int) -> bool:
+        return self._passes is not None and position >= self.total
 
     def _row(self, position: int) -> tuple[Samples, np.ndarray]:
         epoch = self.epoch(position)
@@ -158,9 +204,12 @@ class PackedRows:
     def epoch(self, position: int) -> int:
         """The epoch that a row belongs to, from 0."""
         while not self._ends or self._ends[-1] <= position:
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._plan(len(self._ends)).rows))
+            self._plan_next()
         return int(np.searchsorted(self._ends, position, side="right"))
+
+    def _plan_next(self) -> None:
+        before = self._ends[-1] if self._ends else 0
+        self._ends.append(before + len(self._plan(len(self._ends)).rows))
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._plans:

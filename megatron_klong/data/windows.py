@@ -288,9 +288,9 @@ class WindowAssembler:
         self.write(window, trajectory, tokens, mask)
         return TrainingSample(tokens, mask, number, window.context.window)
 
-    def stored(self, window: Window, trajectory: TokenBlocks, number: int) -> StoredWindow:
-        """The same, not copied yet."""
-        return StoredWindow(self, window, trajectory, number)
+    def stored(self, window: Window, trajectory: TokenBlocks, number: int, called: str) -> StoredWindow:
+        """The same, not copied yet; ``called`` is the trajectory's name in reports."""
+        return StoredWindow(self, window, trajectory, number, called)
 
     def span_length(self, span: Span) -> int:
         """Its length in tokens."""
@@ -331,6 +331,7 @@ class StoredWindow:
     window: Window
     blocks: TokenBlocks
     trajectory: int
+    called: str
 
     @property
     def length(self) -> int:
@@ -338,9 +339,9 @@ class StoredWindow:
         return self.window.tokens
 
     @property
-    def name(self) -> tuple[int, int]:
-        """Numbers of its trajectory and window."""
-        return self.trajectory, self.window.context.window
+    def name(self) -> tuple[str, int]:
+        """Its trajectory's name, and its number."""
+        return self.called, self.window.context.window
 
     def write(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
         """Write it into arrays of its length."""

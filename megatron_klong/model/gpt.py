@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from megatron_klong.config import ModelConfig, ParallelConfig
 from megatron_klong.model.attention import RotaryTable
 from megatron_klong.model.decoder import DecoderConfig, MoeConfig
-from megatron_klong.model.row import Prediction, RowLayout
+from megatron_klong.model.linear_cross_entropy import linear_cross_entropy
+from megatron_klong.model.row import RowLayout, Target
 from megatron_klong.model.specs import has_transformer_engine, layer_specs, prediction_spec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,13 +28,19 @@ class RowModel(GPTModel):
 
     Args (beside Megatron's):
         rotary: tables of position embedding, made once for a row and used by every layer.
+        loss_chunk_tokens: tokens whose logits exist at a time.
         trains_prediction: whether multi-token prediction layers are trained; if not, they are held and saved
             as they are, and never computed.
     """
 
-    def __init__(self, *, rotary: RotaryTable, trains_prediction: bool, **options: object) -> None:
+    def __init__(
+        self, *, rotary: RotaryTable, loss_chunk_tokens: int, trains_prediction: bool, **options: object
+    ) -> None:
         super().__init__(position_embedding_type="none", **options)
         self.rotary = rotary
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.temperature = 1.0
+        """Of sampling, that logits are divided by."""
         self.trains_prediction = trains_prediction
         self.computes_prediction = trains_prediction and self.mtp_process
         """On this pipeline stage."""
@@ -45,15 +53,16 @@ class RowModel(GPTModel):
         self,
         tokens_1T: Tensor,
         row: RowLayout,
-        labels_1T: Tensor | None = None,
-        predicted: Sequence[Prediction] = (),
+        target: Target | None = None,
+        predicted: Sequence[Target] = (),
     ) -> Tensor:
-        """Token losses, fp32 ``[1, T]``; on all but the last pipeline stage the hidden states.
+        """Token losses, fp32 ``[1, T]``, 0 where nothing is trained; on all but the last pipeline stage the
+        hidden states.
 
         Args:
             tokens_1T: int64, of this context-parallel rank.
-            labels_1T: int64, the next token of each. Without them the logits are returned, of this
-                tensor-parallel rank's part of the vocabulary, ``[1, T, V / TP]``.
+            target: the next tokens. Without it the logits are returned, of this tensor-parallel rank's part
+                of the vocabulary, ``[1, T, V / TP]``.
             predicted: the targets of multi-token prediction, by depth. Their losses are added to the
                 gradient, not to the result.
         """
@@ -67,16 +76,32 @@ class RowModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
         if self.computes_prediction and self.training and torch.is_grad_enabled():
             hidden = self._with_prediction(hidden, row, predicted)
-        logits, _ = self.output_layer(hidden, weight=weight)
-        if labels_1T is None:
-            return logits.transpose(0, 1)
-        losses: Tensor = self.compute_language_model_loss(labels_1T, logits)
-        return losses
+        if target is not None:
+            return self._token_losses(hidden, target)
+        logits, _ = self.output_layer(self._cooled(hidden), weight=self._head())
+        return logits.transpose(0, 1)
+
+    def _cooled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.temperature == 1.0 else hidden / self.temperature
+
+    def _head(self) -> Tensor:
+        """The output layer's weight, ``[V / TP, H]``."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _token_losses(self, hidden: Tensor, target: Target) -> Tensor:
+        """Of hidden states ``[T, 1, H]`` (with sequence parallelism, this rank's share of them)."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+        return linear_cross_entropy(
+            self._cooled(hidden).squeeze(1), self._head(), target.labels_1T.squeeze(0),
+            target.loss_mask_1T.squeeze(0) > 0, self.loss_chunk_tokens, group,
+        ).unsqueeze(0)  # fmt: skip
 
     def _own_share(self, padding_1T: Tensor | None) -> Tensor | None:
         """With sequence parallelism, of the tokens that this rank's routers see."""
@@ -85,7 +110,7 @@ class RowModel(GPTModel):
         group = self.pg_collection.tp
         return padding_1T.chunk(group.size(), dim=1)[group.rank()]
 
-    def _with_prediction(self, hidden: Tensor, row: RowLayout, predicted: Sequence[Prediction]) -> Tensor:
+    def _with_prediction(self, hidden: Tensor, row: RowLayout, predicted: Sequence[Target]) -> Tensor:
         """The hidden states as they are, with the gradient of the prediction losses tied to them."""
         scale = self.config.mtp_loss_scaling_factor / len(self.mtp.layers)
         states = hidden
@@ -94,8 +119,7 @@ class RowModel(GPTModel):
                 input_ids=None, position_ids=None, hidden_states=states, attention_mask=None,
                 packed_seq_params=row, embedding=self.embedding,
             )  # fmt: skip
-            logits, _ = self.output_layer(states)
-            losses = self.compute_language_model_loss(target.labels_1T, logits) * target.loss_mask_1T
+            losses = self._token_losses(states, target)
             self.prediction_loss_sum += losses.detach().sum() / len(self.mtp.layers)
             hidden = MTPLossAutoScaler.apply(hidden, losses * scale)
         return hidden
@@ -116,6 +140,7 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         rotary=RotaryTable(hf.rotary_dim, hf.rope_theta),
+        loss_chunk_tokens=settings.loss_chunk_tokens,
         trains_prediction=settings.prediction == "train",
     )
     for name, parameter in model.named_parameters():
@@ -169,12 +194,27 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.tensor > 1,
+        deterministic_mode=settings.deterministic,
         calculate_per_token_loss=True,
         mtp_num_layers=hf.prediction_layers or None,
         mtp_loss_scaling_factor=settings.prediction_loss_weight,
         moe_layer_freq=[int(hf.is_moe_layer(layer)) for layer in range(hf.num_hidden_layers)],
+        **_recompute_options(settings),
         **(_moe_options(hf.moe, settings) if hf.moe else {}),
     )
+
+
+def _recompute_options(settings: ModelConfig) -> dict[str, object]:
+    if settings.recompute == "none":
+        return {}
+    if settings.recompute != "full":
+        return {"recompute_granularity": "selective", "recompute_modules": list(settings.recompute)}
+    layers = settings.recompute_layers
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block" if layers else "uniform",
+        "recompute_num_layers": layers or 1,
+    }
 
 
 def _moe_options(moe: MoeConfig, settings: ModelConfig) -> dict[str, object]:

@@ -49,11 +49,11 @@ class RowLayout(PackedSeqParams):
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a multi-token prediction layer is to predict.
+class Target:
+    """What is to be predicted at every token.
 
     Attributes:
-        labels_1T: int64, the token after the next one (after that one, ...).
+        labels_1T: int64, the next token; for multi-token prediction layers the one after it, and so on.
         loss_mask_1T: float32, 1 where it is trained on.
     """
 

@@ -7,6 +7,7 @@ Engine's have not yet run on real hardware by this project.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -15,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -128,6 +130,23 @@ class PredictionLayer(MultiTokenPredictionLayer):
         embedded = embedding(input_ids=next_ids, position_ids=None)
         hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         return next_ids, position_ids, embedded, hidden_states
+
+    def _checkpointed_forward(
+        self,
+        forward_func: Callable[..., Tensor],
+        *,
+        hidden_states: Tensor,
+        decoder_input: Tensor,
+        **rest: Any,
+    ) -> Tensor:
+        """Megatron's own hands everything to autograd, which keeps tensors only, and a row is none."""
+
+        def forward(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
+            return forward_func(hidden_states=hidden_states, decoder_input=decoder_input, **rest)
+
+        spread = self.config.distribute_saved_activations
+        recomputed: Tensor = checkpoint(forward, spread, hidden_states, decoder_input)
+        return recomputed
 
 
 def _with_padding(

@@ -30,3 +30,4 @@ def quiet_imports() -> None:
     and torch where one process alone reads or writes a distributed checkpoint."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")

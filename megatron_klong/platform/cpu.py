@@ -19,12 +19,15 @@ What is replaced, and why:
   dispatcher hands over tensors.
 * ``te_general_gemm`` of the MoE utilities becomes ``None`` (it is undefined where Transformer
   Engine is absent).
+* Transformer Engine's state of FP8, which recomputing norms asks for (``recompute_modules`` with
+  ``layernorm``), becomes one that says there is no FP8.
 
 The module refuses to load where CUDA is usable, so that a GPU run can never meet it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -99,6 +102,7 @@ def install() -> Platform:
         _replace_factories()
         _replace_all_to_all()
         _define_missing_gemm()
+        _define_missing_fp8()
         torch.cuda._klong_cpu = True  # type: ignore[attr-defined]
     return Platform(name="cpu", device=_CPU, backend="gloo")
 
@@ -196,3 +200,20 @@ def _define_missing_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+class NoFp8:
+    """Stands in for Transformer Engine's ``FP8GlobalStateManager``."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _define_missing_fp8() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    if not hasattr(megatron_random, "FP8GlobalStateManager"):
+        megatron_random.FP8GlobalStateManager = NoFp8
+        for name in ("activation_recompute_forward", "fp8_autocast"):
+            setattr(megatron_random, name, lambda *args, **kwargs: contextlib.nullcontext())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,11 @@ class RlProgress:
     iteration: int
     lineage: str
     consumed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> RlProgress:
+        """As it was saved."""
+        return cls(**saved)
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_klong.training.background_save import BackgroundSave
 from megatron_klong.training.model_checkpoint import checkpoint_metadata
 from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.trainer import Trainer
 
 _STEP_DIR = re.compile(r"step_(\d{8})")
+_FILE_LIST = "files.json"
 
 
 class Progress(Protocol):
@@ -31,21 +38,26 @@ class Progress(Protocol):
     @property
     def step(self) -> int: ...
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Self:
+        """As it was saved."""
+        ...
+
 
 ProgressKind = TypeVar("ProgressKind", bound=Progress)
 
 
 @dataclass(frozen=True)
-class SftProgress:
-    """Where a supervised run stands.
+class Kept:
+    """Which checkpoints stay.
 
     Attributes:
-        step: optimizer steps done.
-        next_row: position of the next row in the data.
+        last: so many of the newest.
+        every: beside them those of steps that are a multiple of it; 0 keeps no others.
     """
 
-    step: int
-    next_row: int
+    last: int
+    every: int = 0
 
 
 def checkpoint_dir(root: Path, step: int) -> Path:
@@ -53,43 +65,99 @@ def checkpoint_dir(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The complete checkpoint of the highest step; unfinished ones have another name."""
-    found = _complete(root)
-    return found[-1] if found else None
+def latest_checkpoint(root: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint that is whole; unfinished ones have another name.
+
+    Args:
+        say: told of newer ones that are damaged.
+    """
+    for folder in reversed(_named(root)):
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        say(f"checkpoint {folder.name} is damaged ({damage}) and is passed over")
+    return None
+
+
+class CheckpointSaver:
+    """Saves checkpoints of one run, one at a time; all ranks take part in every call.
+
+    A folder has its final name only when everything is in it, and old ones are deleted only then.
+    """
+
+    def __init__(self, root: Path, kept: Kept) -> None:
+        self._root = root
+        self._kept = kept
+        self._under_way: tuple[BackgroundSave, Path] | None = None
+
+    def start(self, trainer: Trainer, progress: Progress) -> Path:
+        """Begin to save model, its config, optimizer, schedule and progress; training may go on.
+
+        Returns:
+            The folder that it will be, once :meth:`poll` or :meth:`finish` has seen the end of it.
+
+        Raises:
+            RankError: weights are not finite, or an earlier or this checkpoint could not be written.
+        """
+        self.finish()
+        _check_finite(trainer, progress.step)
+        final = checkpoint_dir(self._root, progress.step)
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        with _explained(final):
+            if torch.distributed.get_rank() == 0:
+                for old in self._root.glob(".step_*.unfinished"):
+                    shutil.rmtree(old)
+                unfinished.mkdir(parents=True)
+            torch.distributed.barrier()
+            state = _sharded_state(trainer, is_loading=False) | {
+                "scheduler": trainer.scheduler.state_dict(),
+                "progress": asdict(progress),
+            }
+            live = chain(trainer.model.module.parameters(), trainer.model.module.buffers())
+            self._under_way = BackgroundSave(state, unfinished, live, checkpoint_metadata()), final
+            if torch.distributed.get_rank() == 0:
+                shutil.copyfile(trainer.hf_config, unfinished / "config.json")
+        return final
+
+    def poll(self) -> Path | None:
+        """Complete the checkpoint under way if its files are written: its folder, else None."""
+        if self._under_way is None or not self._under_way[0].is_written():
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint under way, if there is one, and complete it: its folder."""
+        if self._under_way is None:
+            return None
+        (save, final), self._under_way = self._under_way, None
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        with _explained(final):
+            save.finish()
+            if torch.distributed.get_rank() == 0:
+                _write_file_list(unfinished)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(unfinished, final)
+                _sync_folder(self._root)
+                self._delete_old()
+        torch.distributed.barrier()
+        return final
+
+    def _delete_old(self) -> None:
+        for folder in _named(self._root)[: -self._kept.last]:
+            if not (self._kept.every and _step(folder) % self._kept.every == 0):
+                shutil.rmtree(folder)
 
 
 def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last: int) -> Path:
-    """Write model, its config, optimizer, schedule and progress; all ranks take part.
-
-    The folder has its final name only when everything is in it. Then the oldest checkpoints beyond
-    ``keep_last`` are deleted.
-    """
-    final = checkpoint_dir(root, progress.step)
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    first = torch.distributed.get_rank() == 0
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _sharded_state(trainer, is_loading=False) | {
-        "scheduler": trainer.scheduler.state_dict(),
-        "progress": asdict(progress),
-    }
-    dist_checkpointing.save(state, str(unfinished), content_metadata=checkpoint_metadata())
-    torch.distributed.barrier()
-    if first:
-        shutil.copyfile(trainer.hf_config, unfinished / "config.json")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        for old in _complete(root)[:-keep_last]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
+    """Save and wait; returns the folder. See :class:`CheckpointSaver`."""
+    saver = CheckpointSaver(root, Kept(keep_last))
+    final = saver.start(trainer, progress)
+    saver.finish()
     return final
 
 
 def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) -> ProgressKind:
-    """Restore everything :func:`save_checkpoint` wrote, at this run's layout.
+    """Restore everything that was saved, at this run's layout.
 
     Args:
         kind: of the progress that was saved.
@@ -99,7 +167,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
     trainer.model.module.load_state_dict(loaded["model"])
     load_optimizer(trainer.optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])
-    return kind(**loaded["progress"])
+    return kind.of(loaded["progress"])
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
@@ -110,7 +178,70 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def _complete(root: Path) -> list[Path]:
+def _check_finite(trainer: Trainer, step: int) -> None:
+    """Refuse to save weights that no run can go on from."""
+    broken = [not bool(torch.isfinite(weight).all()) for weight in trainer.model.module.parameters()]
+    count = torch.tensor(sum(broken), device=trainer.device)
+    torch.distributed.all_reduce(count)
+    if count.item():
+        raise RankError(
+            f"weights are not finite after step {step}, so they are not saved; start again to go on from the "
+            "checkpoint before, with a lower optimizer.lr"
+        )
+
+
+@contextmanager
+def _explained(final: Path) -> Iterator[None]:
+    """Turns what goes wrong with files into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise RankError(
+            f"checkpoint {final} could not be written: {error}. Checkpoints before it are as they were: make "
+            "room and start again to go on from the last one"
+        ) from error
+
+
+def _write_file_list(folder: Path) -> None:
+    """Last of all: names and sizes of what must be there."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    with (folder / _FILE_LIST).open("w") as stream:
+        json.dump(sizes, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing or has another size."""
+    try:
+        sizes = json.loads((folder / _FILE_LIST).read_text())
+    except (OSError, ValueError):
+        return f"{_FILE_LIST} is missing or unreadable"
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _step(folder: Path) -> int:
+    match = _STEP_DIR.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _named(root: Path) -> list[Path]:
+    """Checkpoints with their final name, oldest first."""
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if _STEP_DIR.fullmatch(path.name))

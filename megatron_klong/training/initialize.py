@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -18,6 +21,7 @@ def distributed(
     parallel: ParallelConfig,
     seed: int,
     *,
+    timeout_seconds: float | None = None,
     init_method: str = "env://",
     rank: int = -1,
     world_size: int = -1,
@@ -27,6 +31,7 @@ def distributed(
     Args:
         parallel: the layout. The world size must be a multiple of what it needs.
         seed: for Megatron's RNG tracker.
+        timeout_seconds: after which a collective operation fails; default as torch has it.
         init_method: rendezvous; the default reads torchrun's environment.
         rank, world_size: for a rendezvous that does not know them.
 
@@ -35,19 +40,47 @@ def distributed(
     """
     platform = activate()
     torch.distributed.init_process_group(
-        platform.backend, init_method=init_method, rank=rank, world_size=world_size
+        platform.backend,
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
     )
     try:
         parallel.check(torch.distributed.get_world_size())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
-        )
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        set_up_layout(parallel, seed)
         yield platform
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def set_up_layout(parallel: ParallelConfig, seed: int, *, gloo_groups: bool = True) -> None:
+    """Megatron's parallel state and RNG tracker in the process group that there is.
+
+    Args:
+        gloo_groups: make groups of their own for what is sent from host memory.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=gloo_groups,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Set all random numbers of a step from its number and the data-parallel rank.
+
+    So a run that resumes draws what it would have drawn, without a state to keep, at any layout that has as
+    many data-parallel ranks.
+    """
+    drawn = np.random.SeedSequence([seed, step, parallel_state.get_data_parallel_rank()]).generate_state(1)
+    number = int(drawn[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    model_parallel_cuda_manual_seed(number, force_reset_rng=True)

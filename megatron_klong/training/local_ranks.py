@@ -35,12 +35,25 @@ class _InterruptedError(Exception):
         self.number = number
 
 
-def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> int:
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    nproc: int,
+    logs: Path,
+    *,
+    stop_seconds: float = 0.0,
+    keep_open: Sequence[int] = (),
+) -> int:
     """Run ``python -m module`` on ``nproc`` ranks and wait; returns the exit code.
 
     Rank 0 prints to this process's stdout; every rank's stderr goes to ``logs/rank_N.log``. When
     one fails, or on SIGINT, SIGTERM or SIGHUP, all are ended, with everything they started. If this
-    process is killed, the kernel ends them.
+    process is killed, the kernel tells them to end by SIGTERM.
+
+    Args:
+        stop_seconds: on such a signal, pass it on and give the ranks so long to end by themselves; a second
+            signal ends them at once.
+        keep_open: file descriptors that the ranks inherit.
 
     Returns:
         0; the exit code of the first rank that failed; or 128 + the signal's number.
@@ -54,15 +67,11 @@ def run_ranks(module: str, arguments: Sequence[str], nproc: int, logs: Path) -> 
     try:
         port = _free_port()
         for number in range(nproc):
-            ranks.append(_start(module, arguments, number, nproc, port, logs))
+            ranks.append(_start(module, arguments, number, nproc, port, logs, keep_open))
         failed = _wait(ranks)
-        if failed is not None:
-            print(_explain(failed), file=sys.stderr, flush=True)
-            return failed.process.returncode if failed.process.returncode > 0 else 1
-        return 0
+        return _failure(failed) if failed is not None else 0
     except _InterruptedError as interruption:
-        print(f"stopped by {signal.Signals(interruption.number).name}", file=sys.stderr, flush=True)
-        return 128 + interruption.number
+        return _stop(ranks, interruption.number, stop_seconds)
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
@@ -75,7 +84,55 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise _InterruptedError(number)
 
 
-def _start(module: str, arguments: Sequence[str], number: int, nproc: int, port: int, logs: Path) -> Rank:
+def _stop(ranks: list[Rank], number: int, seconds: float) -> int:
+    """Let the ranks end by themselves, as far as there is time; the exit code."""
+    name = signal.Signals(number).name
+    if seconds:
+        _say(
+            f"{name}: the ranks end their step and save, for at most {seconds:g} s; again to end them at once"
+        )
+        for rank in ranks:
+            rank.process.send_signal(number)
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(_InterruptedError):
+            while any(rank.process.poll() is None for rank in ranks):
+                # A rank that was not listening yet, or had trouble, leaves the others waiting for it.
+                if time.monotonic() > deadline or any(map(_has_failed, ranks)):
+                    break
+                time.sleep(_POLL_SECONDS)
+        time.sleep(_CAUSE_SECONDS if any(map(_has_failed, ranks)) else 0)
+        failed = [rank for rank in ranks if _has_failed(rank) and rank.process.returncode != -number]
+        if failed:
+            return _failure(min(failed, key=_says_little))
+    _say(f"stopped by {name}")
+    return 128 + number
+
+
+def _has_failed(rank: Rank) -> bool:
+    """Whether it has ended, and not as one that was asked to."""
+    stopped = {0, *(128 + number for number in signal.Signals)}
+    return rank.process.poll() is not None and rank.process.returncode not in stopped
+
+
+def _failure(rank: Rank) -> int:
+    _say(_explain(rank))
+    return rank.process.returncode if rank.process.returncode > 0 else 1
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(text, file=sys.stderr, flush=True)
+
+
+def _start(
+    module: str,
+    arguments: Sequence[str],
+    number: int,
+    nproc: int,
+    port: int,
+    logs: Path,
+    keep_open: Sequence[int],
+) -> Rank:
     environment = {
         # With several ranks on few cores, threads of one rank only get in another's way.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
@@ -97,6 +154,7 @@ def _start(module: str, arguments: Sequence[str], number: int, nproc: int, port:
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else stderr,
             stderr=stderr,
+            pass_fds=keep_open,
             start_new_session=True,  # a terminal's Ctrl-C reaches only us, and we end the group
         )
     return Rank(number, process, log)

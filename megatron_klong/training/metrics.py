@@ -1,108 +1,227 @@
-"""What a run writes about itself: ``metrics.jsonl`` and progress lines."""
+"""What a run says: ``metrics.jsonl``, lines and a live bar for a person, and other places to log to."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Literal, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_klong.training.sinks import Sink
 from megatron_klong.training.step import EvaluationResult, StepResult
 
+Doing = Literal["data", "checkpoint", "log", "evaluation"]
+"""What a run does beside its steps."""
 
-class MetricsLog:
+
+@dataclass(frozen=True)
+class Speed:
+    """How work is turned into a utilization.
+
+    Attributes:
+        devices: of the run.
+        peak_tflops: of each; None where it is not known.
+    """
+
+    devices: int
+    peak_tflops: float | None
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """What is written of a step.
+
+    Attributes:
+        step: counted from 1.
+        samples: fingerprint of what it trained on.
+        flops: that its mathematics needs.
+    """
+
+    step: int
+    phase: str
+    samples: str
+    flops: int
+    result: StepResult
+
+
+class RunLog:
     """Writes on one rank, does nothing on the others."""
 
-    def __init__(self, file: Path, *, writes: bool, total_steps: int, log_every: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        writes: bool,
+        total_steps: int,
+        log_every: int,
+        speed: Speed,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self._file = file
         self._writes = writes
         self._total_steps = total_steps
         self._log_every = log_every
-        self._started = self._last = time.monotonic()
-        self._first_step: int | None = None
+        self._speed = speed
+        self._sinks = sinks
+        self._last = time.monotonic()
+        self._beside = _no_seconds()  # since the last step
+        self._sums = _no_seconds()  # since the start
+        self._steps = 0
+        self._stack = ExitStack()
         self._stream: TextIO | None = None
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> RunLog:
         if self._writes:
-            self._stream = self._file.open("a", buffering=1)
+            self._stream = self._stack.enter_context(self._file.open("a", buffering=1))
+            self._console = Console()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = self._stack.enter_context(
+                Progress(
+                    *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+                )
+            )
+            self._task = self._bar.add_task("first step", total=self._total_steps)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        self._stack.close()
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-        if self._writes:
-            print(text, flush=True)
-
-    def step(self, step: int, result: StepResult) -> None:
-        """One optimizer step is done; ``step`` counts from 1."""
-        if self._stream is None:
+        if not self._writes:
             return
+        if self._stream is not None and self._console.is_terminal:
+            with suppress(OSError):
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print_line(text)
+
+    @contextmanager
+    def doing(self, what: Doing) -> Iterator[None]:
+        """Within, the time is not that of a step."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._beside[what] += time.monotonic() - start
+
+    def step(self, entry: StepEntry) -> None:
+        """One optimizer step is done."""
         now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        if self._first_step is None:
-            self._first_step = step - 1
-        self._write(
-            {
-                "kind": "train",
-                "step": step,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "trained_tokens": result.trained_tokens,
-                "tokens": result.tokens,
-                "seconds": seconds,
-                **_present(prediction_loss=result.prediction_loss, balancing_loss=result.balancing_loss),
-            }
-        )
-        if step % self._log_every == 0 or step in (1, self._total_steps):
-            per_step = (now - self._started) / (step - self._first_step)
-            left = int(per_step * (self._total_steps - step))
-            self.say(
-                f"step {step:>5}/{self._total_steps}  loss {result.loss:.4f}  grad {result.grad_norm:.2f}  "
-                f"lr {result.learning_rate:.1e}  {result.tokens / seconds:,.0f} tok/s  "
-                f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            )
-
-    def evaluation(self, step: int, result: EvaluationResult) -> None:
-        """The held-out loss after ``step`` steps."""
+        beside, self._beside = self._beside, _no_seconds()
+        seconds = now - self._last - sum(beside.values())
+        self._last = now
+        self._steps += 1
+        for what, taken in {"step": seconds, **beside}.items():
+            self._sums[what] += taken
         if self._stream is None:
             return
-        self._write(
-            {
-                "kind": "validation",
-                "step": step,
-                "loss": result.loss,
-                "trained_tokens": result.trained_tokens,
-            }
-        )
-        self.say(f"step {step:>5}/{self._total_steps}  held-out loss {result.loss:.4f}")
-        self.skip_time()
+        with self.doing("log"):
+            self._write(entry, seconds, beside)
+
+    def evaluation(self, step: int, results: Mapping[str, EvaluationResult]) -> None:
+        """Held-out losses of every source after ``step`` steps."""
+        if self._stream is None:
+            return
+        for source, result in results.items():
+            values = {"loss": result.loss, "trained_tokens": result.trained_tokens}
+            self._record(
+                "validation", step, {"source": source, **values}, {f"held_out/{source}/loss": result.loss}
+            )
+        shown = "  ".join(f"{source} {result.loss:.4f}" for source, result in results.items())
+        self.say(f"step {step:>5}/{self._total_steps}  held-out loss {shown}")
 
     def finish(self, checkpoint: Path) -> None:
-        """The run is complete: where its checkpoint is, and how the losses moved."""
+        """The run is complete: where its checkpoint is, how the losses moved, and where the time went."""
         if self._stream is None:
             return
         losses: dict[str, list[float]] = {}
         for line in self._file.read_text().splitlines():
             record = json.loads(line)
-            losses.setdefault(record["kind"], []).append(record["loss"])
-        names = {"train": "train loss", "validation": "held-out loss"}
-        moved = (f"{names[kind]} {values[0]:.4f} -> {values[-1]:.4f}" for kind, values in losses.items())
+            name = f"held-out loss of {record['source']}" if record["kind"] == "validation" else "train loss"
+            if record["loss"] is not None:
+                losses.setdefault(name, []).append(record["loss"])
+        moved = (f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in losses.items())
+        if self._steps:
+            self.say(self._times())
         self.say(f"done: {', '.join(moved)}; {checkpoint}")
 
-    def skip_time(self) -> None:
-        """What passed since the last step does not count as a step's time."""
-        self._last = time.monotonic()
+    def _times(self) -> str:
+        sums = {what: taken + self._beside[what] for what, taken in self._sums.items()}
+        whole = sum(sums.values())
+        shares = ", ".join(
+            f"{what} {sums.get(what, 0) / whole:.1%}" for what in ("checkpoint", "data", "log", "evaluation")
+        )
+        return f"{self._steps} steps in {whole:,.0f} s; beside them: {shares}"
 
-    def _write(self, record: dict[str, object]) -> None:
+    def _write(self, entry: StepEntry, seconds: float, beside: Mapping[str, float]) -> None:
+        result = entry.result
+        tflops = entry.flops / seconds / self._speed.devices / 1e12
+        peak = self._speed.peak_tflops
+        values: dict[str, float | None] = {
+            **_numbers(loss=result.loss, grad_norm=result.grad_norm),
+            "learning_rate": result.learning_rate,
+            "trained_tokens": result.trained_tokens,
+            "tokens": result.tokens,
+            "updated": result.updated,
+            "seconds": seconds,
+            "data_seconds": beside["data"],
+            "checkpoint_seconds": beside["checkpoint"],
+            "log_seconds": beside["log"],
+            "tflops": tflops,
+            **({"mfu": tflops / peak} if peak else {}),
+            **_present(prediction_loss=result.prediction_loss, balancing_loss=result.balancing_loss),
+        }
+        named = {f"train/{name}": float(value) for name, value in values.items() if value is not None}
+        self._record("train", entry.step, {"phase": entry.phase, "samples": entry.samples, **values}, named)
+        line = self._line(entry, seconds, tflops)
+        self._bar.update(self._task, completed=entry.step, description=line)
+        if entry.step % self._log_every == 0 or entry.step in (1, self._total_steps):
+            self.say(line)
+
+    def _line(self, entry: StepEntry, seconds: float, tflops: float) -> str:
+        result, peak = entry.result, self._speed.peak_tflops
+        left = int(sum(self._sums.values()) / self._steps * (self._total_steps - entry.step))
+        speed = f"MFU {tflops / peak:.1%}" if peak else f"{tflops:.2g} TFLOP/s"
+        return (
+            f"step {entry.step:>5}/{self._total_steps}  loss {result.loss:.4f}  grad {result.grad_norm:.2f}  "
+            f"lr {result.learning_rate:.1e}  {result.tokens / seconds:,.0f} tok/s  {speed}  "
+            f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        )
+
+    def _record(
+        self, kind: str, step: int, record: Mapping[str, object], values: Mapping[str, float]
+    ) -> None:
         assert self._stream is not None
-        self._stream.write(json.dumps(record) + "\n")
+        self._stream.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        for sink in self._sinks:
+            sink.log(step, values)
+
+
+def print_line(text: str) -> None:
+    """On stdout; whoever listened may be gone, and the run goes on."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+def _no_seconds() -> defaultdict[str, float]:
+    return defaultdict(float)
+
+
+def _numbers(**values: float) -> dict[str, float | None]:
+    """JSON has no NaN: null stands for it."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _present(**values: float | None) -> dict[str, float]:

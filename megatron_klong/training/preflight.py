@@ -13,10 +13,10 @@ from megatron_klong.model.layout import check_layout, check_settings
 
 @dataclass(frozen=True)
 class CheckedInputs:
-    """What a run is about to use: the model's shape and the headers of all stores."""
+    """What a run is about to use: the model's shape and the headers of all sources by name."""
 
     model: DecoderConfig
-    data: tuple[StoreHeader, ...]
+    data: dict[str, StoreHeader]
 
 
 def check_sft(config: SftConfig) -> CheckedInputs:
@@ -29,11 +29,12 @@ def check_sft(config: SftConfig) -> CheckedInputs:
     check_layout(hf, config.parallel)
     check_settings(hf, config.model)
     headers = read_headers(config.data)
-    header = headers[0]
+    name, header = next(iter(headers.items()))  # all have the same tokenizer
     if header.vocab_size > hf.vocab_size:
         raise ValueError(
-            f"data.store={config.data.store}: its tokenizer has {header.vocab_size} tokens, more than "
-            f"the model's vocab_size={hf.vocab_size}; use the model's own tokenizer"
+            f"data.sources.{name}.store={config.data.sources[name].store}: its tokenizer has "
+            f"{header.vocab_size} tokens, more than the model's vocab_size={hf.vocab_size}; use the model's "
+            "own tokenizer"
         )
     weights = config.model.weights
     if weights is not None and not any((*weights.glob("*.safetensors"), *weights.glob(".metadata"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -27,7 +28,8 @@ def run_rank(work: Callable[[Path], None]) -> NoReturn:
     try:
         work(Path(sys.argv[1]))
     except (ValueError, RankError) as error:
-        traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log may be on a full disk
+            traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)

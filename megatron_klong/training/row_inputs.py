@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_klong.data.rows import PackedRow
-from megatron_klong.model.row import Prediction, RowLayout, context_tokens, row_layout, shifted
+from megatron_klong.model.row import RowLayout, Target, context_tokens, row_layout, shifted
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class RowInputs:
     """Arguments of the model's forward pass; T are the tokens of this context-parallel rank."""
 
     tokens_1T: Tensor
-    labels_1T: Tensor
     layout: RowLayout
-    predicted: tuple[Prediction, ...]
+    target: Target
+    predicted: tuple[Target, ...]
 
 
 def row_inputs(row: PackedRow, depth: int, device: torch.device) -> RowInputs:
@@ -41,14 +41,15 @@ def row_inputs(row: PackedRow, depth: int, device: torch.device) -> RowInputs:
     for _ in range(depth):
         next_ids.append(share(labels_R))
         labels_R, mask_R = shifted(labels_R, boundaries), shifted(mask_R, boundaries)
-        predicted.append(Prediction(share(labels_R), share(mask_R)))
+        predicted.append(Target(share(labels_R), share(mask_R)))
     layout = row_layout(boundaries, rank, ways, device)
     # A row without samples keeps one token: a mean over none would not be a number.
     padding = share(np.arange(len(row.tokens_R)) >= max(row.sample_tokens, 1))
     layout = replace(layout, padding_1T=padding)
     if next_ids:
         layout = replace(layout, next_ids_D1T=torch.stack(next_ids))
-    return RowInputs(share(row.tokens_R), share(row.labels_R), layout, tuple(predicted))
+    target = Target(share(row.labels_R), share(row.loss_mask_R))
+    return RowInputs(share(row.tokens_R), layout, target, tuple(predicted))
 
 
 def whole_row(values_T: Tensor, layout: RowLayout) -> Tensor:

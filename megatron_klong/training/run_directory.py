@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +25,25 @@ from megatron_klong.training.preflight import CheckedInputs
 _POLL_SECONDS = 0.1
 
 SFT_CHANGEABLE = (
-    "data.store",
+    "data.sources.*.store",
+    "log.*",
+    "model.deterministic",
     "model.hf_config",
+    "model.loss_chunk_tokens",
     "model.preset",
+    "model.recompute*",
     "model.weights",
-    "parallel",
+    "parallel.*",
     "run.dir",
+    "training.anomalies.*",
     "training.eval_every",
-    "training.keep_last",
-    "training.log_every",
-    "training.save_every",
+    "training.hang_seconds",
+    "training.keep_*",
+    "training.save_*",
+    "training.stop_seconds",
 )
-"""Keys that may differ on a resume: they change where inputs stand and how a run is executed, not
-what it computes. The inputs themselves are compared by content."""
+"""Keys that may differ on a resume: they change where inputs stand, how a run is executed and what is done
+about trouble, not what it computes. The inputs themselves are compared by content."""
 
 
 class RunDirectory:
@@ -45,6 +54,10 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.identity = path / "identity.json"
         self.metrics = path / "metrics.jsonl"
+        self.anomalies = path / "anomalies.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
+        self.heartbeats = path / "heartbeats"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -53,8 +66,10 @@ class RunDirectory:
         self.exchange = path / "exchange"
 
     @contextmanager
-    def locked(self, part: str = "run", *, wait_seconds: float = 0.0) -> Iterator[None]:
+    def locked(self, part: str = "run", *, wait_seconds: float = 0.0) -> Iterator[int]:
         """Hold the directory for one process.
+
+        Yields the file descriptor of the lock: processes that inherit it hold the directory too.
 
         Args:
             part: what of the run this process is, where several work in one directory.
@@ -81,7 +96,7 @@ class RunDirectory:
                             "or choose another directory"
                         ) from None
                     time.sleep(_POLL_SECONDS)
-            yield
+            yield lock.fileno()
 
     def prepare(
         self, config: BaseModel, identity: dict[str, Any], *, fresh: bool, keep_config: bool = False
@@ -112,6 +127,13 @@ class RunDirectory:
         if not (keep_config and self.config.is_file()):
             replace_text(self.config, dump_config(config))
 
+    def lineage(self) -> str:
+        """An id of the run that stays when it is started again, and is another one after ``fresh``."""
+        file = self.path / "lineage.txt"
+        if not file.is_file():
+            replace_text(file, secrets.token_hex(8))
+        return file.read_text()
+
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after ``step``: a resumed run writes them again."""
         if not self.metrics.is_file():
@@ -137,10 +159,15 @@ class RunDirectory:
 
     def _delete_run(self) -> None:
         """Delete what a run wrote, its identity last: an interrupted deletion can be repeated."""
-        for folder in (self.checkpoints, self.logs, self.rollouts, self.batches, self.exchange):
+        for folder in (
+            self.checkpoints, self.logs, self.rollouts, self.batches, self.exchange, self.tensorboard,
+            self.wandb, self.heartbeats,
+        ):  # fmt: skip
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for path in (self.metrics, self.summary, self.config, self.identity):
+        for path in (
+            self.metrics, self.anomalies, self.path / "lineage.txt", self.summary, self.config, self.identity,
+        ):  # fmt: skip
             path.unlink(missing_ok=True)
 
 
@@ -153,7 +180,10 @@ def replace_text(file: Path, text: str) -> None:
 
 def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
     """What makes two starts the same supervised run."""
-    contents = {"data.content": " ".join(header.content_sha256 for header in inputs.data)}
+    contents: dict[str, Any] = {
+        f"data.sources.{name}.content": header.content_sha256 for name, header in inputs.data.items()
+    }
+    contents["data.phases"] = list(config.data.phases)  # and their order
     if config.model.weights is not None:
         contents["model.weights.content"] = weights_fingerprint(config.model.weights)
     return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents
@@ -163,11 +193,11 @@ def identity_of(config: BaseModel, changeable: tuple[str, ...], model: DecoderCo
     """What makes two starts the same run: dotted keys to values.
 
     Args:
-        changeable: beginnings of keys that may differ.
+        changeable: patterns of keys that may differ.
         model: the shape of the model.
     """
     flat = dict(_flatten(config.model_dump(mode="json")))
-    same = {key: value for key, value in flat.items() if not key.startswith(changeable)}
+    same = {key: value for key, value in flat.items() if not any(map(partial(fnmatch, key), changeable))}
     shape = _flatten(json.loads(json.dumps(asdict(model))), "model.")
     return {**same, **dict(shape)}
 

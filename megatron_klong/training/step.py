@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -34,32 +34,42 @@ class BatchSums:
     loss: float
     trained_tokens: int
     tokens: int
+    attended_pairs: int
     prediction_loss: float | None
     balancing_loss: float | None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """What one step did, or would have done.
 
     Attributes:
         loss: objective of the global batch, over its units: for SFT the mean over trained tokens.
         trained_tokens: their number.
         tokens: all tokens of the batch's samples, padding excluded.
+        attended_pairs: of a token and one that it sees.
         grad_norm: global gradient norm before clipping.
         learning_rate: that the step was taken with.
         prediction_loss: of multi-token prediction, per trained token and without its weight; None untrained.
         balancing_loss: of the routers, a mean over layers and micro-batches without its coefficient (1 where
             tokens are spread evenly); None without it.
+        updated: whether the weights were changed.
     """
 
     loss: float
     trained_tokens: int
     tokens: int
+    attended_pairs: int
     grad_norm: float
     learning_rate: float
     prediction_loss: float | None = None
     balancing_loss: float | None = None
+    updated: bool = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,30 @@ class EvaluationResult:
     trained_tokens: int
 
 
-def train_step(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row]) -> StepResult:
-    """Forward, backward and one update over this data-parallel rank's rows of the global batch.
+def finite(result: StepResult) -> bool:
+    """Accepts a step whose loss and gradients are numbers.
 
     Raises:
-        FloatingPointError: loss or gradient norm is not finite, on every rank alike.
+        FloatingPointError: for any other.
+    """
+    if not result.is_finite:
+        raise FloatingPointError(
+            f"loss {result.loss} and gradient norm {result.grad_norm} are not finite; the weights are still "
+            "those before this step. Lower optimizer.lr, or look at the batch"
+        )
+    return True
+
+
+def train_step(
+    trainer: Trainer,
+    rows: Sequence[Row],
+    objective: Objective[Row],
+    accepts: Callable[[StepResult], bool] = finite,
+) -> StepResult:
+    """Forward, backward and one update over this data-parallel rank's rows of the global batch.
+
+    Args:
+        accepts: decides, on every rank alike, whether weights are updated; the schedule goes on either way.
     """
     trainer.model.train()
     trainer.model.zero_grad_buffer()
@@ -82,22 +111,21 @@ def train_step(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row])
     sums = forward_backward(trainer, rows, objective, forward_only=False)
     # Advanced before the update, so that the first step already has a rate above 0.
     trainer.scheduler.step(increment=1)
-    _, grad_norm, _ = trainer.optimizer.step()
-    norm = float(grad_norm or 0.0)
-    if not (math.isfinite(sums.loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"loss {sums.loss} and gradient norm {norm} are not finite; the last checkpoint is from "
-            "before this step. Lower optimizer.lr, or look at the batch"
-        )
-    return StepResult(
+    trainer.optimizer.prepare_grads()
+    result = StepResult(
         loss=sums.loss,
         trained_tokens=sums.trained_tokens,
         tokens=sums.tokens,
-        grad_norm=norm,
+        attended_pairs=sums.attended_pairs,
+        grad_norm=float(trainer.optimizer.get_grad_norm() or 0.0),
         learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
         prediction_loss=sums.prediction_loss,
         balancing_loss=sums.balancing_loss,
     )
+    if not accepts(result):
+        return replace(result, updated=False)
+    trainer.optimizer.step()
+    return result
 
 
 @torch.no_grad()
@@ -122,7 +150,7 @@ def forward_backward(
     begin_batch(model, counted.units / max(micro_batches, 1))
     model.prediction_loss_sum = 0.0
     losses: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, trainer.device, objective),
+        forward_step_func=partial(_forward_step, trainer, objective),
         data_iterator=iter(rows),
         model=[trainer.model],
         num_microbatches=len(rows),
@@ -137,7 +165,12 @@ def forward_backward(
     torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(), stages)
     prediction, balancing = _side_losses(model, micro_batches, counted.trained_tokens)
     return BatchSums(
-        float(total) / max(counted.units, 1), counted.trained_tokens, counted.tokens, prediction, balancing
+        loss=float(total) / max(counted.units, 1),
+        trained_tokens=counted.trained_tokens,
+        tokens=counted.tokens,
+        attended_pairs=counted.attended_pairs,
+        prediction_loss=prediction,
+        balancing_loss=balancing,
     )
 
 
@@ -177,24 +210,26 @@ class _Counts:
     units: int
     trained_tokens: int
     tokens: int
+    attended_pairs: int
 
 
 def _counts(trainer: Trainer, rows: Sequence[PackedRow]) -> _Counts:
     own = [
-        (row.units, int(row.loss_mask_R.sum()), row.sample_tokens) for row in rows
-    ] or [(0, 0, 0)]  # fmt: skip
+        (row.units, int(row.loss_mask_R.sum()), row.sample_tokens, row.attended_pairs) for row in rows
+    ] or [(0, 0, 0, 0)]  # fmt: skip
     sums = torch.tensor(own, dtype=torch.int64, device=trainer.device).sum(0)
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     return _Counts(*sums.tolist())
 
 
 def _forward_step(
-    device: torch.device, objective: Objective[Row], rows: Iterator[Row], model: DistributedDataParallel
+    trainer: Trainer, objective: Objective[Row], rows: Iterator[Row], model: DistributedDataParallel
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: the model's output and how to make a loss of it."""
-    row = next(rows)
+    trainer.on_row()
+    row, device = next(rows), trainer.device
     inputs = row_inputs(row, _prediction_depth(model), device)
-    output = model(inputs.tokens_1T, inputs.layout, inputs.labels_1T, inputs.predicted)
+    output = model(inputs.tokens_1T, inputs.layout, inputs.target, inputs.predicted)
 
     def loss_of(token_losses_1T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask_R = torch.from_numpy(row.loss_mask_R).to(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from megatron_klong.training.trainer import Trainer
 
@@ -16,16 +15,8 @@ def at_temperature(trainer: Trainer, temperature: float) -> Iterator[None]:
     What enters the output layer is divided, which is the same, since it has no bias.
     """
     model = trainer.model.module
-    if temperature == 1.0 or not model.post_process:
-        yield
-        return
-
-    def cool(_layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = inputs
-        return (hidden / temperature, *rest)
-
-    hook = model.output_layer.register_forward_pre_hook(cool)
+    before, model.temperature = model.temperature, temperature
     try:
         yield
     finally:
-        hook.remove()
+        model.temperature = before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ class Trainer:
         device: where batches go.
         row_tokens: length of every row.
         hf_config: the model's `config.json`, which goes into every checkpoint.
+        on_row: called before every micro-batch.
     """
 
     model: DistributedDataParallel
@@ -44,10 +47,13 @@ class Trainer:
     device: torch.device
     row_tokens: int
     hf_config: Path
+    on_row: Callable[[], None] = lambda: None
 
 
 def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platform) -> Trainer:
     """Build the model with its first weights, and the optimizer over them."""
+    if settings.model.deterministic:
+        _choose_deterministic_kernels()
     model = build_model(hf, settings.parallel, settings.model, settings.row_tokens).to(platform.device)
     _first_weights(model, settings, hf)
     wrapped = DistributedDataParallel(
@@ -63,6 +69,14 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
     config_file = config_json(settings.model.shape)
     return Trainer(wrapped, optimizer, scheduler, platform.device, settings.row_tokens, config_file)
+
+
+def _choose_deterministic_kernels() -> None:
+    """Before anything is computed: cuBLAS, NCCL and Transformer Engine read their environment once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
 
 
 def _first_weights(model: RowModel, settings: TrainerSettings, hf: DecoderConfig) -> None:
@@ -94,6 +108,7 @@ def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOp
 
 
 def _scheduler(config: OptimizerConfig, steps: int, optimizer: Any) -> OptimizerParamScheduler:
+    is_wsd = config.schedule == "wsd"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -101,7 +116,9 @@ def _scheduler(config: OptimizerConfig, steps: int, optimizer: Any) -> Optimizer
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=steps,
-        lr_decay_style=config.schedule,
+        lr_decay_style="WSD" if is_wsd else config.schedule,
+        wsd_decay_steps=config.last_steps(steps) if is_wsd else None,
+        lr_wsd_decay_style=config.decay_shape if is_wsd else None,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=steps,

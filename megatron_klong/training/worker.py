@@ -17,7 +17,9 @@ def train(config: SftConfig) -> None:
     from megatron_klong.training.initialize import distributed
     from megatron_klong.training.sft import run_sft
 
-    with distributed(config.parallel, config.run.seed) as platform:
+    # The watchdog comes first and says who hangs; after it, torch would say who waited.
+    limit = 2 * config.training.hang_seconds + 60
+    with distributed(config.parallel, config.run.seed, timeout_seconds=limit) as platform:
         run_sft(config, platform)
 
 

@@ -1,0 +1,186 @@
+"""What a run would be, found out without one: everything resolved, the model built without memory.
+
+One process plays the ranks one after the other, with process groups that do nothing (torch's ``fake``
+backend, which is of its testing modules) and tensors of shapes without contents (the ``meta`` device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_klong.config import ModelConfig, ParallelConfig, SftConfig
+from megatron_klong.data.curriculum import Curriculum
+from megatron_klong.data.dataset import build_datasets
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.gpt import build_model
+from megatron_klong.model.hf_config import load_hf_config
+from megatron_klong.model.weights import ParameterCounts, parameter_counts
+from megatron_klong.platform import activate
+from megatron_klong.training.initialize import set_up_layout
+
+_WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+_OPTIMIZER_BYTES = 12
+_MAKERS = frozenset({"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "rand", "randn"})
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A pipeline stage.
+
+    Attributes:
+        rank: the first one of it; all of a stage hold equally much.
+        parameters: that it holds.
+    """
+
+    rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """Windows of a source."""
+
+    name: str
+    train_windows: int
+    held_out_windows: int
+    train_tokens: int
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase; ``tokens`` is about right."""
+
+    name: str
+    first_step: int
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SftPlan:
+    """A whole run.
+
+    Attributes:
+        ranks: of the layout.
+        micro_batches: of every rank in a step.
+        checkpoint_bytes: of one.
+        disk_bytes: of all that exist at one time, those kept for good included.
+    """
+
+    parameters: ParameterCounts
+    layout: str
+    ranks: int
+    stages: tuple[StagePlan, ...]
+    sources: tuple[SourcePlan, ...]
+    phases: tuple[PhasePlan, ...]
+    steps: int
+    rows_per_step: int
+    row_tokens: int
+    micro_batches: int
+    checkpoint_bytes: int
+    disk_bytes: int
+
+
+def plan_sft(config: SftConfig) -> SftPlan:
+    """Resolve a run of ``parallel.world_size`` ranks.
+
+    Raises:
+        ValueError: what would stop the run before its first step.
+    """
+    activate()
+    hf = load_hf_config(config.model.shape)
+    sources = build_datasets(config.data, config.run.seed)
+    curriculum = Curriculum(config.data, sources, config.training.global_batch_rows, config.run.seed)
+    config.trainer_settings(curriculum.steps)
+    ranks = config.parallel.world_size
+    size = checkpoint_bytes(hf, config.model)
+    return SftPlan(
+        parameters=parameter_counts(hf),
+        layout=config.parallel.described(ranks),
+        ranks=ranks,
+        stages=_stages(hf, config, ranks),
+        sources=tuple(
+            SourcePlan(
+                name=name,
+                train_windows=len(source.train.lengths),
+                held_out_windows=0 if source.validation is None else len(source.validation.lengths),
+                train_tokens=int(source.train.lengths.sum()),
+            )
+            for name, source in sources.items()
+        ),
+        phases=tuple(
+            PhasePlan(phase.name, phase.first_step, phase.steps, phase.tokens) for phase in curriculum.phases
+        ),
+        steps=curriculum.steps,
+        rows_per_step=config.training.global_batch_rows,
+        row_tokens=config.data.row_length,
+        micro_batches=config.training.global_batch_rows // config.parallel.data(ranks),
+        checkpoint_bytes=size,
+        disk_bytes=size * _most_checkpoints(config, curriculum.steps),
+    )
+
+
+def checkpoint_bytes(hf: DecoderConfig, model: ModelConfig) -> int:
+    """Of a checkpoint: weights, and of those that are trained an fp32 copy and two moments.
+
+    Files have about 2 kB more for each tensor and rank. The fp32 copy is stored of fp32 weights too.
+    """
+    counts = parameter_counts(hf)
+    trained = counts.total + (counts.prediction if model.prediction == "train" else 0)
+    weights = _WEIGHT_BYTES[model.precision] * (counts.total + counts.prediction)
+    bias = 0
+    if hf.moe is not None and hf.moe.expert_bias:
+        layers = sum(hf.is_moe_layer(n) for n in range(hf.num_hidden_layers + hf.prediction_layers))
+        bias = 4 * layers * hf.moe.experts
+    return weights + bias + _OPTIMIZER_BYTES * trained
+
+
+def _most_checkpoints(config: SftConfig, steps: int) -> int:
+    """Those kept, and the one that is being written before an old one goes."""
+    training = config.training
+    saved = {steps, *(range(training.save_every, steps, training.save_every) if training.save_every else ())}
+    for_good = {step for step in saved if training.keep_every and step % training.keep_every == 0}
+    last = sorted(saved)[-training.keep_last - 1 :]
+    return len(for_good | set(last))
+
+
+def _stages(hf: DecoderConfig, config: SftConfig, ranks: int) -> tuple[StagePlan, ...]:
+    found = []
+    for rank in range(0, ranks, ranks // config.parallel.pipeline):
+        with _as_rank(config.parallel, rank, ranks), _OnMeta():
+            model = build_model(hf, config.parallel, config.model, config.data.row_length)
+            found.append(StagePlan(rank, sum(weight.numel() for weight in model.parameters())))
+    return tuple(found)
+
+
+@contextmanager
+def _as_rank(parallel: ParallelConfig, rank: int, ranks: int) -> Iterator[None]:
+    """Megatron's parallel state as it is on one rank of many."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        set_up_layout(parallel, seed=1, gloo_groups=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+class _OnMeta(TorchFunctionMode):
+    """New tensors have no memory, wherever Megatron wants them: it names its device, so that
+    ``torch.device("meta")`` alone would not do."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _MAKERS:
+            given["device"] = torch.device("meta")
+        return func(*args, **given)

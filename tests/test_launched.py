@@ -1,0 +1,84 @@
+"""Ranks that others start: what torchrun and srun say of them, and a run that srun has started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_klong.training.launched import first_node, rank_environment
+from tests.test_sft import ROOT, arguments, losses, sft
+
+SRUN = {
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "h100-[003-004]",
+}  # fmt: skip
+
+
+def test_torchrun_is_taken_at_its_word() -> None:
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
+    assert rank_environment({**given, "HOME": "/", **SRUN}) == given
+
+
+def test_srun_is_translated() -> None:
+    assert rank_environment(SRUN) == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "h100-003", "MASTER_PORT": "16234",
+    }  # fmt: skip
+    assert rank_environment({**SRUN, "MASTER_ADDR": "mine"}) == {
+        **rank_environment(SRUN),
+        "MASTER_ADDR": "mine",
+    }
+    one_node = rank_environment({**SRUN, "SLURM_STEP_NUM_NODES": "1"})
+    assert one_node is not None and one_node["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_batch_script_and_a_plain_shell_start_their_own_ranks() -> None:
+    assert rank_environment({}) is None
+    assert rank_environment({"SLURM_JOB_ID": "1234", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"), ("node7,node9", "node7"), ("h100-[003-007,012]", "h100-003"),
+        ("gpu[9,11]", "gpu9"), ("rack[1-2]-a,b", "rack1-a"), ("a,b[1-2]", "a"),
+    ],
+)  # fmt: skip
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_a_list_of_no_node_is_refused() -> None:
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST='' names no node; set MASTER_ADDR"):
+        first_node("")
+
+
+def test_ranks_of_srun_train_like_our_own(domain_store: Path, tmp_path: Path) -> None:
+    """The environment that srun gives its tasks, on one node"""
+    layout = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *arguments(domain_store, theirs, *layout)[1:]],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={
+                **environment, **SRUN, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+                "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+            },
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=280) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "2 ranks: TP1 CP1 PP1 EP2 DP2" in said[0][0] and said[1][0] == ""
+    sft(domain_store, ours, *layout)
+    assert losses(theirs) == losses(ours)
