@@ -21,7 +21,13 @@ from megatron_klong.config import ParallelConfig, SftConfig, load_config
 from megatron_klong.data.rows import PackedRow
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
-from megatron_klong.training.checkpointing import CheckpointSaver, Kept, latest_checkpoint, load_checkpoint
+from megatron_klong.training.checkpointing import (
+    CheckpointSaver,
+    Kept,
+    latest_checkpoint,
+    load_checkpoint,
+    resume_checkpoint,
+)
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.sft import SftProgress, run_sft
@@ -177,6 +183,23 @@ def test_a_resumed_run_draws_the_random_numbers_it_would_have_drawn(
     assert rest == whole[4 * settings.training.global_batch_rows :]
 
 
+def choose_on_rank(platform: Platform, root: Path) -> tuple[str, str]:
+    said: list[str] = []
+    try:
+        chosen = resume_checkpoint(root, said.append)
+    except RankError as error:
+        return "refused", str(error)
+    return "" if chosen is None else chosen.name, " ".join(said)
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(ranks: RankPool, tmp_path: Path) -> None:
+    """Its metrics would go, and a config that was changed by mistake would look like a new run."""
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    answers = ranks.run(choose_on_rank, ParallelConfig(nproc=2), 2, root=tmp_path / "run" / "checkpoints")
+    assert answers[0] == answers[1]
+    assert answers[0][0] == "refused" and "none of its checkpoints is whole; --fresh deletes" in answers[0][1]
+
+
 @pytest.mark.parametrize("damage", ["cut", "file", "list"])
 def test_a_checkpoint_that_is_not_whole_is_passed_over(
     ranks: RankPool, domain_store: Path, tmp_path: Path, damage: str
@@ -192,17 +215,17 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
         largest.unlink()
     else:
         (last / "files.json").unlink()
-    said: list[str] = []
-    assert latest_checkpoint(run / "checkpoints", said.append) == run / "checkpoints" / "step_00000004"
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step_00000004"
+    (said,) = ranks.run(choose_on_rank, ONE, 1, root=run / "checkpoints")
     reason = {"cut": "has 1,000 of ", "file": "is missing", "list": "files.json is missing or unreadable"}[
         damage
     ]
-    assert reason in said[0] and "step_00000006 is damaged" in said[0]
+    assert said[0] == "step_00000004" and reason in said[1] and "step_00000006 is damaged" in said[1]
     # What a save that was cut off has left is in nobody's way.
     (run / "checkpoints" / ".step_00000006.unfinished").mkdir()
     ranks.run(run_on_rank, ONE, 1, config=settings)
     assert losses(run) == expected
-    assert names(run) == ["step_00000004", "step_00000006"]
+    assert names(run) == [".step_00000006.damaged", "step_00000004", "step_00000006"]
     assert latest_checkpoint(run / "checkpoints") == last
 
 

@@ -39,6 +39,7 @@ def test_srun_is_translated() -> None:
 def test_a_batch_script_and_a_plain_shell_start_their_own_ranks() -> None:
     assert rank_environment({}) is None
     assert rank_environment({"SLURM_JOB_ID": "1234", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
+    assert rank_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty
 
 
 @pytest.mark.parametrize(

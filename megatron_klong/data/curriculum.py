@@ -54,8 +54,9 @@ class Curriculum:
         for number, (name, settings) in enumerate(config.phases.items()):
             mixes = config.mixes(name)
             train = {source: sources[source].train for source in mixes}
-            mixture = (Mixture.by_weights if settings.steps else Mixture.by_epochs)(train, mixes)
             phase_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            mix = Mixture.by_weights if settings.steps else Mixture.by_epochs
+            mixture = mix(train, mixes, phase_seed)
             rows = PackedRows(mixture, config.row_length, phase_seed, passes=mixture.passes)
             steps = settings.steps or -(-rows.total // batch_rows)
             passes = mixture.passes or steps * batch_rows / rows.rows_per_epoch

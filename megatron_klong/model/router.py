@@ -66,6 +66,12 @@ def routers(model: GPTModel) -> list[Router]:
     return [module for module in model.decoder.modules() if isinstance(module, Router)]
 
 
+def expert_biases(model: GPTModel) -> list[Tensor]:
+    """Of all routers, prediction layers included, that have one."""
+    found = [module.expert_bias for module in model.modules() if isinstance(module, Router)]
+    return [bias for bias in found if bias is not None]
+
+
 def begin_batch(model: GPTModel, units_per_micro_batch: float) -> None:
     """Before the micro-batches of a step.
 

@@ -22,7 +22,7 @@ from megatron_klong.platform import Platform
 from megatron_klong.rl.batches import batch_folder, read_batch
 from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served
 from megatron_klong.rl.learner import Learner
-from megatron_klong.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_klong.training.checkpointing import load_checkpoint, resume_checkpoint, save_checkpoint
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory
 from megatron_klong.training.score import score_tokens
@@ -81,7 +81,7 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     trainer = build_trainer(config.trainer_settings, hf, platform)
     learner = Learner(trainer, config)
     progress = RlProgress(0, 0, _first(exchange.lineage), ())
-    saved = latest_checkpoint(run.checkpoints)
+    saved = resume_checkpoint(run.checkpoints, _say)
     if saved is not None:
         progress = load_checkpoint(trainer, saved, RlProgress)
         _say(f"resumed from {saved.name}: iteration {progress.iteration} is trained on")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from torch import Tensor
 
 from megatron_klong.config import AnomalyConfig
@@ -70,7 +71,7 @@ class AnomalyJudge:
             self.history = replace(self.history, losses=losses, skipped=0)
         elif verdict.action == "skip":
             self.history = replace(self.history, skipped=self.history.skipped + 1)
-            if self.history.skipped == self._config.most_skipped:
+            if self.history.skipped >= self._config.most_skipped:
                 return Verdict(
                     "stop", f"{verdict.reason}; {self.history.skipped} batches in a row were skipped by now"
                 )
@@ -121,6 +122,11 @@ class Diagnosis:
 
     rows: tuple[RowReport, ...]
     broken: dict[int, tuple[str, ...]]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: a loss that is none is null."""
+        rows = [{**asdict(row), "loss": row.loss if math.isfinite(row.loss) else None} for row in self.rows]
+        return {"rows": rows, "broken": self.broken}
 
     def lines(self) -> list[str]:
         """For a person: the rank, then the rows that stand out, or all alike."""
@@ -189,5 +195,6 @@ def _broken_gradients(
         ]
     finally:
         config.finalize_model_grads_func = reduce
+        reset_model_temporary_tensors(config, [trainer.model])  # what routers have counted
         trainer.model.zero_grad_buffer()
     return tuple(broken)

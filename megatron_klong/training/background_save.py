@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 _FULL_BYTES = 1 << 20
+_LOOK_SECONDS = 1.0
 
 Buckets = list[tuple[Any, str, tuple[list[Any], list[tuple[Any, Tensor]]]]]
 """Megatron's plan of what goes into each file: path, key, (bytes, tensors)."""
@@ -58,8 +59,10 @@ class BackgroundSave:
         )  # fmt: skip
         assert request is not None
         self._finish: list[Callable[[], None]] = request.finalize_fns
+        self._files: list[Path] = []
         self._thread: threading.Thread | None = None
         if request.async_fn is not None:
+            self._files = [Path(bucket[0]) for bucket in request.async_fn_args[0]]
             # Not a daemon: an interpreter that ends waits for what is being written.
             self._thread = threading.Thread(
                 target=request.async_fn, args=request.async_fn_args, name="checkpoint writer"
@@ -74,14 +77,21 @@ class BackgroundSave:
         torch.distributed.all_reduce(writing)
         return not writing.item()
 
-    def finish(self) -> None:
+    def finish(self, on_bytes: Callable[[], None]) -> None:
         """Wait for the files and write the index of them; collective.
+
+        Args:
+            on_bytes: called each time that this rank's files have grown meanwhile.
 
         Raises:
             OSError: a file could not be written, on any rank; all ranks know the reason.
         """
-        if self._thread is not None:
-            self._thread.join()
+        written = 0
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_LOOK_SECONDS)
+            before, written = written, sum(file.stat().st_size for file in self._files if file.exists())
+            if written > before:
+                on_bytes()
         try:
             for step in self._finish:
                 step()
@@ -133,13 +143,13 @@ def _write(transforms: list[Any], buckets: Buckets, results: queue.Queue[Any]) -
         FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, count, use_fsync=True)
         _, answer = answers.get()
         if isinstance(answer, Exception):
-            results.put(_named(answer, Path(bucket[0])))
+            results.put(_cause(answer, Path(bucket[0])))
             return
         written[number] = answer
     results.put(written)
 
 
-def _named(error: Exception, file: Path) -> Exception:
+def _cause(error: Exception, file: Path) -> Exception:
     """Of a full disk torch's writer says only that it is not where it should be in the file."""
     if isinstance(error, OSError) or shutil.disk_usage(file.parent).free > _FULL_BYTES:
         return error

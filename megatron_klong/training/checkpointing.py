@@ -45,6 +45,7 @@ class Progress(Protocol):
 
 
 ProgressKind = TypeVar("ProgressKind", bound=Progress)
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,75 @@ def checkpoint_dir(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def latest_checkpoint(root: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest checkpoint that is whole; unfinished ones have another name.
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that is whole; unfinished ones have another name."""
+    return next((folder for folder in reversed(_named(root)) if _damage(folder) is None), None)
+
+
+def resume_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from, chosen by the first rank for all; None for a new run.
+
+    Damaged ones that are newer are set aside under another name, so that they do not count among those kept.
 
     Args:
-        say: told of newer ones that are damaged.
+        say: told of them, on the first rank.
+
+    Raises:
+        RankError: there are checkpoints, and none is whole.
     """
-    for folder in reversed(_named(root)):
-        damage = _damage(folder)
-        if damage is None:
-            return folder
-        say(f"checkpoint {folder.name} is damaged ({damage}) and is passed over")
-    return None
+
+    def choose() -> str | None:
+        newer: list[Path] = []
+        for folder in reversed(_named(root)):
+            damage = _damage(folder)
+            if damage is None:
+                for damaged in newer:
+                    damaged.rename(damaged.with_name(f".{damaged.name}.damaged"))
+                return str(folder)
+            say(f"checkpoint {folder.name} is damaged ({damage}) and is passed over")
+            newer.append(folder)
+        if newer:
+            raise OSError("none of its checkpoints is whole; --fresh deletes the run and starts it anew")
+        return None
+
+    try:
+        chosen = on_first(choose)
+    except OSError as error:
+        raise RankError(f"run.dir={root.parent}: {error}") from error
+    return None if chosen is None else Path(chosen)
+
+
+def on_first(work: Callable[[], Shared]) -> Shared:
+    """Do it on the first rank; all ranks get its result, or its error.
+
+    Raises:
+        OSError: what the first rank could not do.
+    """
+    shared: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            shared[0] = work()
+        except OSError as error:
+            shared[1] = str(error)
+    torch.distributed.broadcast_object_list(shared, 0)
+    if shared[1] is not None:
+        raise OSError(shared[1])
+    return shared[0]
 
 
 class CheckpointSaver:
     """Saves checkpoints of one run, one at a time; all ranks take part in every call.
 
     A folder has its final name only when everything is in it, and old ones are deleted only then.
+
+    Args:
+        on_bytes: called while a save is waited for, each time that more of it is written.
     """
 
-    def __init__(self, root: Path, kept: Kept) -> None:
+    def __init__(self, root: Path, kept: Kept, on_bytes: Callable[[], None] = lambda: None) -> None:
         self._root = root
         self._kept = kept
+        self._on_bytes = on_bytes
         self._under_way: tuple[BackgroundSave, Path] | None = None
 
     def start(self, trainer: Trainer, progress: Progress) -> Path:
@@ -102,21 +149,22 @@ class CheckpointSaver:
         self.finish()
         _check_finite(trainer, progress.step)
         final = checkpoint_dir(self._root, progress.step)
-        unfinished = final.with_name(f".{final.name}.unfinished")
+        unfinished = _unfinished(final)
+
+        def make_room() -> None:
+            for old in self._root.glob(".step_*.unfinished"):
+                shutil.rmtree(old)
+            unfinished.mkdir(parents=True)
+            shutil.copyfile(trainer.hf_config, unfinished / "config.json")
+
         with _explained(final):
-            if torch.distributed.get_rank() == 0:
-                for old in self._root.glob(".step_*.unfinished"):
-                    shutil.rmtree(old)
-                unfinished.mkdir(parents=True)
-            torch.distributed.barrier()
+            on_first(make_room)
             state = _sharded_state(trainer, is_loading=False) | {
                 "scheduler": trainer.scheduler.state_dict(),
                 "progress": asdict(progress),
             }
             live = chain(trainer.model.module.parameters(), trainer.model.module.buffers())
             self._under_way = BackgroundSave(state, unfinished, live, checkpoint_metadata()), final
-            if torch.distributed.get_rank() == 0:
-                shutil.copyfile(trainer.hf_config, unfinished / "config.json")
         return final
 
     def poll(self) -> Path | None:
@@ -130,16 +178,17 @@ class CheckpointSaver:
         if self._under_way is None:
             return None
         (save, final), self._under_way = self._under_way, None
-        unfinished = final.with_name(f".{final.name}.unfinished")
+
+        def complete() -> None:
+            _write_file_list(_unfinished(final))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(_unfinished(final), final)
+            _sync(self._root)
+            self._delete_old()
+
         with _explained(final):
-            save.finish()
-            if torch.distributed.get_rank() == 0:
-                _write_file_list(unfinished)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(unfinished, final)
-                _sync_folder(self._root)
-                self._delete_old()
-        torch.distributed.barrier()
+            save.finish(self._on_bytes)
+            on_first(complete)
         return final
 
     def _delete_old(self) -> None:
@@ -203,13 +252,16 @@ def _explained(final: Path) -> Iterator[None]:
 
 
 def _write_file_list(folder: Path) -> None:
-    """Last of all: names and sizes of what must be there."""
+    """Last of all: names and sizes of what must be there, and all of it on the disk."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    for name in sizes:
+        if not name.endswith(".distcp"):  # those are on the disk, by whoever wrote them
+            _sync(folder / name)
     with (folder / _FILE_LIST).open("w") as stream:
         json.dump(sizes, stream, indent=2)
         stream.flush()
         os.fsync(stream.fileno())
-    _sync_folder(folder)
+    _sync(folder)
 
 
 def _damage(folder: Path) -> str | None:
@@ -226,12 +278,16 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(f".{final.name}.unfinished")
 
 
 def _step(folder: Path) -> int:

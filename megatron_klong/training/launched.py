@@ -23,8 +23,10 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     given = {name: environment[name] for name in names if name in environment}
     if {"RANK", "WORLD_SIZE"} <= given.keys():
         return given
-    # The batch step has a SLURM_PROCID too, but no step id.
+    # The batch step has a SLURM_PROCID too, but no step id; an interactive shell is a step of one task.
     if not {"SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
+        return None
+    if environment["SLURM_STEP_NUM_TASKS"] == "1":
         return None
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     nodes = environment.get("SLURM_STEP_NODELIST", "")

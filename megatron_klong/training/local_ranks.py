@@ -87,25 +87,32 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 def _stop(ranks: list[Rank], number: int, seconds: float) -> int:
     """Let the ranks end by themselves, as far as there is time; the exit code."""
     name = signal.Signals(number).name
-    if seconds:
-        _say(
-            f"{name}: the ranks end their step and save, for at most {seconds:g} s; again to end them at once"
-        )
-        for rank in ranks:
-            rank.process.send_signal(number)
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(_InterruptedError):
-            while any(rank.process.poll() is None for rank in ranks):
-                # A rank that was not listening yet, or had trouble, leaves the others waiting for it.
-                if time.monotonic() > deadline or any(map(_has_failed, ranks)):
-                    break
-                time.sleep(_POLL_SECONDS)
-        time.sleep(_CAUSE_SECONDS if any(map(_has_failed, ranks)) else 0)
-        failed = [rank for rank in ranks if _has_failed(rank) and rank.process.returncode != -number]
-        if failed:
-            return _failure(min(failed, key=_says_little))
+    with contextlib.suppress(_InterruptedError):  # asked twice
+        if seconds:
+            _say(
+                f"{name}: the ranks end their step and save, for at most {seconds:g} s; again to end them at "
+                "once"
+            )
+            for rank in ranks:
+                rank.process.send_signal(number)
+            _wait_for_end(ranks, seconds)
+    failed = [rank for rank in ranks if _has_failed(rank) and rank.process.returncode != -number]
+    if failed:
+        return _failure(min(failed, key=_says_little))
+    if all(rank.process.poll() == 0 for rank in ranks):
+        return 0  # it was at its end
     _say(f"stopped by {name}")
     return 128 + number
+
+
+def _wait_for_end(ranks: list[Rank], seconds: float) -> None:
+    """Until all have ended, or time is up, or one has failed, for which the others would wait."""
+    deadline = time.monotonic() + seconds
+    while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        if any(map(_has_failed, ranks)):
+            time.sleep(_CAUSE_SECONDS)
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _has_failed(rank: Rank) -> bool:

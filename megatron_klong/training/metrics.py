@@ -71,7 +71,7 @@ class RunLog:
         self._total_steps = total_steps
         self._log_every = log_every
         self._speed = speed
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._last = time.monotonic()
         self._beside = _no_seconds()  # since the last step
         self._sums = _no_seconds()  # since the start
@@ -205,8 +205,12 @@ class RunLog:
     ) -> None:
         assert self._stream is not None
         self._stream.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
-        for sink in self._sinks:
-            sink.log(step, values)
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, values)
+            except Exception as error:  # a place to look at numbers is not worth the run
+                self._sinks.remove(sink)
+                self.say(f"logging to {sink.name} failed and is given up: {error}")
 
 
 def print_line(text: str) -> None:

@@ -143,7 +143,10 @@ class RunDirectory:
         replace_text(self.metrics, "".join(kept))
 
     def _refuse_other_run(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        nothing = object()  # a key that is not there is not one that is None
+        changed = sorted(
+            key for key in before.keys() | now.keys() if before.get(key, nothing) != now.get(key, nothing)
+        )
         if changed:
             first = changed[0]
             raise ValueError(
@@ -183,10 +186,17 @@ def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
     contents: dict[str, Any] = {
         f"data.sources.{name}.content": header.content_sha256 for name, header in inputs.data.items()
     }
-    contents["data.phases"] = list(config.data.phases)  # and their order
+    # What follows from keys that are left out, and the order, which decides what is trained when.
+    contents["data.mix"] = [[name, *_mix(config, name)] for name in config.data.phases]
     if config.model.weights is not None:
         contents["model.weights.content"] = weights_fingerprint(config.model.weights)
     return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents
+
+
+def _mix(config: SftConfig, phase: str) -> Iterator[object]:
+    yield config.data.phases[phase].steps
+    for name, mix in config.data.mixes(phase).items():
+        yield [name, mix.epochs, mix.weight]
 
 
 def identity_of(config: BaseModel, changeable: tuple[str, ...], model: DecoderConfig) -> dict[str, Any]:

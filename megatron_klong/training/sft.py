@@ -26,8 +26,8 @@ from megatron_klong.training.checkpointing import (
     CheckpointSaver,
     Kept,
     checkpoint_dir,
-    latest_checkpoint,
     load_checkpoint,
+    resume_checkpoint,
 )
 from megatron_klong.training.initialize import seed_step
 from megatron_klong.training.losses import sft_objective
@@ -66,14 +66,17 @@ def run_sft(config: SftConfig, platform: Platform, objective: Objective[PackedRo
         Stopped: a signal asked for the end, and the run has saved.
         RankError: a step went wrong and the policy is to stop, or a checkpoint could not be written.
     """
-    run, rank, ranks = RunDirectory(config.run.dir), *_place()
+    run = RunDirectory(config.run.dir)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with watched(run.heartbeats, rank, ranks, config.training.hang_seconds) as watch, stop_request() as stop:
         hf = load_hf_config(config.model.shape)
         sources = build_datasets(config.data, config.run.seed)
         curriculum = Curriculum(config.data, sources, config.training.global_batch_rows, config.run.seed)
+        watch.move("building")
         trainer = build_trainer(config.trainer_settings(curriculum.steps), hf, platform)
         trainer.on_row = watch.move
-        saved = latest_checkpoint(run.checkpoints, print_line if rank == 0 else lambda text: None)
+        watch.move("loading")
+        saved = resume_checkpoint(run.checkpoints, print_line)
         progress = SftProgress(0) if saved is None else load_checkpoint(trainer, saved, SftProgress)
         if rank == 0:
             run.truncate_metrics(-1 if saved is None else progress.step)
@@ -127,7 +130,7 @@ class SftLoop:
         self._held_out = _held_out_rows(config, sources)
         self.progress = progress
         self.saver = CheckpointSaver(
-            self._run.checkpoints, Kept(config.training.keep_last, config.training.keep_every)
+            self._run.checkpoints, Kept(config.training.keep_last, config.training.keep_every), watch.move
         )
 
     def step(self) -> None:
@@ -144,16 +147,14 @@ class SftLoop:
             ways = parallel_state.get_data_parallel_world_size()
             batch = self._curriculum.batch(step, parallel_state.get_data_parallel_rank(), ways)
         self._watch.move("training")
-        verdict = Verdict("accept")
 
         def accepts(result: StepResult) -> bool:
-            nonlocal verdict
             verdict = self._judge.judge(result)
+            if verdict.reason is not None:  # while the weights are those that it happened with
+                self._report(step, batch, result, verdict)
             return verdict.action in ("accept", "report")
 
         result = train_step(self._trainer, batch, self._objective, accepts)
-        if verdict.reason is not None:
-            self._report(step, batch, result, verdict)
         self._log.step(self._entry(step, result))
         self.progress = SftProgress(step, self._judge.history)
 
@@ -206,7 +207,7 @@ class SftLoop:
         for line in found.lines():
             self._log.say(f"  {line}")
         if torch.distributed.get_rank() == 0:
-            record = {"step": step, "time": time.time(), **asdict(verdict), **asdict(found)}
+            record = {"step": step, "time": time.time(), **asdict(verdict), **found.record()}
             with self._run.anomalies.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
         if verdict.action == "stop":
@@ -257,7 +258,3 @@ def _described(
 def _windows(source: SourceWindows) -> str:
     held_out = 0 if source.validation is None else len(source.validation.lengths)
     return f"{len(source.train.lengths)} + {held_out} held out"
-
-
-def _place() -> tuple[int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -17,6 +17,9 @@ from megatron_klong.config import WandbConfig
 class Sink(Protocol):
     """Takes numbers by name."""
 
+    @property
+    def name(self) -> str: ...
+
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
@@ -44,6 +47,8 @@ def tensorboard_sink(folder: Path, first_step: int) -> Iterator[Sink]:
 
 
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
@@ -97,15 +102,19 @@ def wandb_sink(
         run = wandb.init(mode="offline", **options)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
+    code = 1
     try:
         yield _Wandb(run)
+        code = 0
     finally:
         with contextlib.suppress(Exception):
-            run.finish()
-            wandb.teardown()  # ends the process that has written
+            run.finish(exit_code=code)
+            wandb.teardown(exit_code=code)  # ends the process that has written
 
 
 class _Wandb:
+    name = "W&B"
+
     def __init__(self, run: Any) -> None:
         self._run = run
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from megatron_klong.config import SftConfig
 from megatron_klong.training.launched import rank_environment
 from megatron_klong.training.local_ranks import run_ranks
 from megatron_klong.training.preflight import check_sft
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory, sft_identity
 
 
@@ -35,10 +37,12 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
 
     os.environ.update(rank)
     config.check_world(int(rank["WORLD_SIZE"]))
-    if rank["RANK"] != "0":
-        train(config)
-        return 0
-    with run.locked():
-        run.prepare(config, sft_identity(config, inputs), fresh=fresh)
-        train(config)
+    with contextlib.ExitStack() as held:
+        if rank["RANK"] == "0":
+            held.enter_context(run.locked())
+            run.prepare(config, sft_identity(config, inputs), fresh=fresh)
+        try:
+            train(config)
+        except RankError as error:
+            raise ValueError(str(error)) from error
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_klong.data.rows import PackedRow
 from megatron_klong.model.gpt import RowModel
-from megatron_klong.model.router import balancing_sum, begin_batch
+from megatron_klong.model.router import balancing_sum, begin_batch, expert_biases
 from megatron_klong.training.row_inputs import row_inputs, whole_row
 from megatron_klong.training.trainer import Trainer
 
@@ -108,6 +108,7 @@ def train_step(
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    biases = [(bias, bias.clone()) for bias in expert_biases(trainer.model.module)]
     sums = forward_backward(trainer, rows, objective, forward_only=False)
     # Advanced before the update, so that the first step already has a rate above 0.
     trainer.scheduler.step(increment=1)
@@ -123,6 +124,8 @@ def train_step(
         balancing_loss=sums.balancing_loss,
     )
     if not accepts(result):
+        for bias, before in biases:  # Megatron has moved them with the gradients
+            bias.copy_(before)
         return replace(result, updated=False)
     trainer.optimizer.step()
     return result

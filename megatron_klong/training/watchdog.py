@@ -86,22 +86,27 @@ class Watchdog:
             if self._moves != seen:
                 seen, since = self._moves, time.monotonic()
             elif time.monotonic() - since > self._limit:
+                number += 1
                 self._give_up(number)
+                since = time.monotonic()  # it was none
 
     def end(self) -> None:
         """No more beats."""
         self._ended.set()
 
     def _give_up(self, number: int) -> None:
+        """End the process, unless any rank moves: then others wait for work that is slow."""
         first = self._read()
         time.sleep(3 * self._interval)
-        self._write(number + 1)
+        self._write(number)
         second = self._read()
-        if self._ended.is_set():
+        if self._ended.is_set() or any(_moved(first, second, rank) for rank in second):
             return
-        faulthandler.dump_traceback(file=sys.stderr)
-        print(f"error: {self._agreed(self._explain(first, second))}", file=sys.stderr, flush=True)
-        os._exit(_USER_ERROR)
+        try:
+            faulthandler.dump_traceback(file=sys.stderr)
+            print(f"error: {self._agreed(self._explain(first, second))}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(_USER_ERROR)
 
     def _agreed(self, found: str) -> str:
         """What the first rank has found: to the others its end may look like another hang."""
@@ -114,6 +119,8 @@ class Watchdog:
 
     def _explain(self, first: dict[int, Beat], second: dict[int, Beat]) -> str:
         limit = f"no progress for training.hang_seconds={self._limit:g}"
+        if self._rank not in second:
+            return f"{limit}, and no heartbeat can be written to {self._folder}"
         still = [rank for rank in range(self._ranks) if rank != self._rank and _same(first, second, rank)]
         if still:
             said = "; ".join(f"rank {rank} ({_told(second.get(rank))})" for rank in still)
@@ -171,6 +178,10 @@ def watched(folder: Path, rank: int, ranks: int, limit: float) -> Iterator[Watch
     finally:
         watchdog.end()
         thread.join()
+
+
+def _moved(first: dict[int, Beat], second: dict[int, Beat], rank: int) -> bool:
+    return rank in first and first[rank].moves != second[rank].moves
 
 
 def _same(first: dict[int, Beat], second: dict[int, Beat], rank: int) -> bool:
