@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokeni
 from tests.ranks import RankPool
 
 quiet_imports()
+
+# Started by nohup, or in the background of a script, these are ignored, and what we start would inherit that.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +168,24 @@ def test_user_errors_are_one_line_and_exit_2(
     assert message in refused.stderr
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Also after a test that has failed."""
+    yield
+    for pid in marked(""):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def marked(mark: str) -> set[int]:
-    """Processes with the mark in their environment: renaming does not hide them."""
+    """Processes with the mark in their environment, or any for none: renaming does not hide them."""
     found = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                values = (folder / "environ").read_bytes().split(b"\0")
+                given = [value for value in values if value.startswith(f"{MARK}=".encode())]
+                if given and (not mark or given[0] == f"{MARK}={mark}".encode()):
                     found.add(int(folder.name))
             except OSError:
                 continue  # it ended, or is not ours
