@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_klong.platform.lifetime import held_folder
+from megatron_klong.platform.lifetime import held_folder, to_disk
 
 OnBytes = Callable[[int, int], None]
 """Told of the bytes done and of all bytes."""
@@ -60,22 +60,14 @@ def complete_or_absent(target: Path, size: int) -> Iterator[Path]:
                 raise ValueError(f"{target}: {size / 1e9:,.2f} GB will be written, and {room}")
             yield unfinished
             for path in (*unfinished.iterdir(), unfinished):
-                _to_disk(path)
+                to_disk(path)
             if target.exists():
                 target.rmdir()
             os.replace(unfinished, target)
-            _to_disk(target.parent)
+            to_disk(target.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_folder(folder: Path) -> Path:

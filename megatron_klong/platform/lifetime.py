@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one they work for, and folders that one process has at a time."""
+"""What outlives a process and what does not: its children, its hold on a folder, what it has written."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def die_with_parent(parent: int, how: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
         if os.getppid() != parent:  # it was gone before we asked
             sys.exit(1)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from megatron_klong.rl.batches import batch_folder, read_batch
 from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served
 from megatron_klong.rl.learner import Learner
 from megatron_klong.training.checkpointing import load_checkpoint, resume_checkpoint, save_checkpoint
+from megatron_klong.training.first_rank import on_first
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory
 from megatron_klong.training.score import score_tokens
@@ -36,8 +37,6 @@ hang, and rollouts take hours."""
 
 _PROBES = 3
 _DISAGREEMENTS = 5
-
-Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     hf = load_hf_config(config.model.shape)
     trainer = build_trainer(config.trainer_settings, hf, platform)
     learner = Learner(trainer, config)
-    progress = RlProgress(0, 0, _first(exchange.lineage), ())
+    progress = RlProgress(0, 0, on_first(exchange.lineage), ())
     saved = resume_checkpoint(run.checkpoints, _say)
     if saved is not None:
         progress = load_checkpoint(trainer, saved, RlProgress)
@@ -91,14 +90,14 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
         return serving.until_served(progress, score_tokens(trainer, serving.prompts))
 
     def finish(iteration: int, saving: float) -> Served:
-        learned = _first(lambda: exchange.heard(f"learned-{iteration}", Learned))
+        learned = on_first(lambda: exchange.heard(f"learned-{iteration}", Learned))
         assert learned is not None
         served = serve()
         seconds = learned.seconds + saving + served.seconds
         _tell(exchange, f"done-{iteration}", Done(served=served, updates=learned.updates, seconds=seconds))
         return served
 
-    if progress.iteration and _first(lambda: exchange.heard(f"done-{progress.iteration}", Done)) is None:
+    if progress.iteration and on_first(lambda: exchange.heard(f"done-{progress.iteration}", Done)) is None:
         finish(progress.iteration, saving=0.0)  # it ended between its checkpoint and the word of it
     answered = 0
     while (work := _next_work(run, exchange, progress.iteration, answered)).kind != "end":
@@ -175,7 +174,7 @@ class Serving:
     def _connected(self) -> WeightSync:
         urls: tuple[str, ...] = ()
         while len(urls) < self._config.servers:
-            urls = tuple(_first(self._servers))
+            urls = tuple(on_first(self._servers))
         if self._sync is None or self._sync[0] != urls:
             rank = torch.distributed.get_rank()
             fleet = Fleet(urls) if rank == SENDER else None
@@ -210,14 +209,7 @@ def _next_work(run: RunDirectory, exchange: Exchange, iteration: int, answered: 
             time.sleep(_POLL_SECONDS)
         return Work("none")
 
-    return _first(wait)
-
-
-def _first(work: Callable[[], Shared]) -> Shared:
-    """Do it on the first rank; all get its result."""
-    shared: list[Shared | None] = [work() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(shared, 0)
-    return shared[0]  # type: ignore[return-value]
+    return on_first(wait)
 
 
 def _tell(exchange: Exchange, name: str, message: Served | Learned | Done) -> None:

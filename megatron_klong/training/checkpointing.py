@@ -16,7 +16,9 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_klong.platform.lifetime import to_disk
 from megatron_klong.training.background_save import BackgroundSave
+from megatron_klong.training.first_rank import on_first
 from megatron_klong.training.model_checkpoint import checkpoint_metadata
 from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
 from megatron_klong.training.rank_entry import RankError
@@ -45,7 +47,6 @@ class Progress(Protocol):
 
 
 ProgressKind = TypeVar("ProgressKind", bound=Progress)
-Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,6 @@ class Kept:
 def checkpoint_dir(root: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return root / f"step_{step:08d}"
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that is whole; unfinished ones have another name."""
-    return next((folder for folder in reversed(_named(root)) if _damage(folder) is None), None)
 
 
 def resume_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
@@ -102,24 +98,6 @@ def resume_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
     except OSError as error:
         raise RankError(f"run.dir={root.parent}: {error}") from error
     return None if chosen is None else Path(chosen)
-
-
-def on_first(work: Callable[[], Shared]) -> Shared:
-    """Do it on the first rank; all ranks get its result, or its error.
-
-    Raises:
-        OSError: what the first rank could not do.
-    """
-    shared: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            shared[0] = work()
-        except OSError as error:
-            shared[1] = str(error)
-    torch.distributed.broadcast_object_list(shared, 0)
-    if shared[1] is not None:
-        raise OSError(shared[1])
-    return shared[0]
 
 
 class CheckpointSaver:
@@ -183,7 +161,7 @@ class CheckpointSaver:
             _write_file_list(_unfinished(final))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(_unfinished(final), final)
-            _sync(self._root)
+            to_disk(self._root)
             self._delete_old()
 
         with _explained(final):
@@ -256,12 +234,12 @@ def _write_file_list(folder: Path) -> None:
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     for name in sizes:
         if not name.endswith(".distcp"):  # those are on the disk, by whoever wrote them
-            _sync(folder / name)
+            to_disk(folder / name)
     with (folder / _FILE_LIST).open("w") as stream:
         json.dump(sizes, stream, indent=2)
         stream.flush()
         os.fsync(stream.fileno())
-    _sync(folder)
+    to_disk(folder)
 
 
 def _damage(folder: Path) -> str | None:
@@ -276,14 +254,6 @@ def _damage(folder: Path) -> str | None:
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
     return None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unfinished(final: Path) -> Path:

@@ -58,6 +58,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
         self.heartbeats = path / "heartbeats"
+        self.lineage_file = path / "lineage.txt"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -129,10 +130,9 @@ class RunDirectory:
 
     def lineage(self) -> str:
         """An id of the run that stays when it is started again, and is another one after ``fresh``."""
-        file = self.path / "lineage.txt"
-        if not file.is_file():
-            replace_text(file, secrets.token_hex(8))
-        return file.read_text()
+        if not self.lineage_file.is_file():
+            replace_text(self.lineage_file, secrets.token_hex(8))
+        return self.lineage_file.read_text()
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after ``step``: a resumed run writes them again."""
@@ -169,7 +169,7 @@ class RunDirectory:
             if folder.is_dir():
                 shutil.rmtree(folder)
         for path in (
-            self.metrics, self.anomalies, self.path / "lineage.txt", self.summary, self.config, self.identity,
+            self.metrics, self.anomalies, self.lineage_file, self.summary, self.config, self.identity,
         ):  # fmt: skip
             path.unlink(missing_ok=True)
 
