@@ -55,7 +55,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
             "parallel.nproc=6",
             "6 ranks cannot hold tensor=2 x context=1 x pipeline=2 with expert=2; use a mult",
         ),
-        ("optimizer.warmup_steps=160", "warmup_steps=160 must be below the run's 160 optimizer steps"),
+        ("optimizer.warmup_steps=200", "warmup_steps=200 must be below the run's 200 optimizer steps"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -58,8 +59,20 @@ def test_atif_reads_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, trajectory: Trajectory
 ) -> None:
     file = tmp_path_factory.mktemp("atif") / "t.json"
+    before = copy.deepcopy(trajectory)
     file.write_text(write_atif(trajectory), encoding="utf-8")
+    assert trajectory == before
     assert list(read_file(file, READERS["atif"])) == [trajectory]
+
+
+def test_writing_leaves_a_trajectory_as_it_is(tmp_path: Path) -> None:
+    """Results without content are metadata; those with content stand beside them in the file only."""
+    silent = {"step": {"results_without_content": [{"extra": {"x": 1}}]}}
+    call = Message("assistant", "", tool_calls=(ToolCall("f", {}, "c"),), metadata=silent)
+    trajectory = Trajectory("id", (call, Message("tool", "done", tool_call_id="c")))
+    written = write_atif(trajectory)
+    assert silent == {"step": {"results_without_content": [{"extra": {"x": 1}}]}}
+    assert write_atif(trajectory) == written
 
 
 def test_atif_has_a_place_for_what_came_from_atif(tmp_path: Path) -> None:

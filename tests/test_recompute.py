@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Module
 
 from megatron_klong.config import ModelConfig, ParallelConfig, RouterConfig
 from megatron_klong.model.hf_config import load_hf_config
@@ -35,26 +38,49 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+class KeptBytes:
+    """Bytes of all storages that wait for their backward, weights left out, and the most there were at once."""
+
+    def __init__(self, model: Module) -> None:
+        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        self.uses: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def keep(self, tensor: Tensor) -> list[Tensor]:
+        """A list that lives as long as the graph does: its end is the tensor's."""
+        storage, held = tensor.untyped_storage(), Held([tensor])
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.weights:
+            self.now += 0 if self.uses[place] else size
+            self.peak = max(self.peak, self.now)
+            self.uses[place] += 1
+            weakref.finalize(held, self._free, place, size)
+        return held
+
+    def give(self, held: list[Tensor]) -> Tensor:
+        return held[0]
+
+    def _free(self, place: int, size: int) -> None:
+        self.uses[place] -= 1
+        self.now -= 0 if self.uses[place] else size
+
+
+class Held(list[Tensor]):
+    """A list that can be watched."""
+
+
 def computed(
     platform: Platform, folder: Path, parallel: ParallelConfig, model: dict[str, Any]
 ) -> tuple[BatchSums, list[Tensor], int, list[Tensor]]:
-    """Sums, gradients, bytes kept for backward, and what routers have counted."""
+    """Sums, gradients, most bytes kept for backward, and what routers have counted."""
     settings = changed(reference.settings(parallel, folder), **model)
     trainer = build_trainer(settings, load_hf_config(folder), platform)
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     ways, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = reference.packed(reference.batch())[rank::ways]
-    weights = {weight.untyped_storage().data_ptr() for weight in trainer.model.module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    kept = KeptBytes(trainer.model.module)
+    with saved_tensors_hooks(kept.keep, kept.give):
         sums = forward_backward(
             trainer, rows[:1] if parallel == ONE else rows, sft_objective, forward_only=False
         )
@@ -64,7 +90,7 @@ def computed(
         for router in routers(trainer.model.module)
         if router.local_tokens_per_expert is not None
     ]
-    return sums, gradients, sum(kept.values()), counted
+    return sums, gradients, kept.peak, counted
 
 
 @pytest.fixture(scope="module")

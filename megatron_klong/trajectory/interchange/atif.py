@@ -245,7 +245,7 @@ def _write_step(written: _Written, message: Message) -> None:
     if message.tool_calls:
         step["tool_calls"] = [_write_call(call, ids[call.id]) for call in message.tool_calls]
     if silent is not None:
-        step["observation"] = {"results": silent}
+        step["observation"] = {"results": list(silent)}  # grows here; the trajectory is not ours to change
     if message.context_only:
         step["is_copied_context"] = True
     written.add(_with_ours(step, ours), ids)
