@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml requirements.txt constraints/cpu.txt constraints/gpu.tx
 	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
 	@touch $@
 
-quickstart: $(STAMP)  ## The whole system, from data to reinforcement learning: about 10 minutes on 2 cores
+quickstart: $(STAMP)  ## The whole system, from data to reinforcement learning: about 12 minutes on 2 cores
 	@BIN=$(BIN) examples/quickstart/run.sh
 
 test: $(STAMP)  ## The tests that CI runs

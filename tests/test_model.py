@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Qwen3C
 from megatron_klong.config import ModelConfig, ParallelConfig, preset_file, preset_names
 from megatron_klong.model.hf_config import load_hf_config, parse_hf_config
 from megatron_klong.model.layout import check_layout, check_settings
+from megatron_klong.model.parameters import parameter_counts
 from megatron_klong.model.weight_map import weight_rules
-from megatron_klong.model.weights import check_known, parameter_counts, rank_tensors
+from megatron_klong.model.weights import check_known, rank_tensors
 from megatron_klong.platform import Platform
 from megatron_klong.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron_klong.training.losses import sft_objective
@@ -405,7 +406,7 @@ def test_prediction_layers_that_are_left_alone_stay_and_are_saved(ranks: RankPoo
     [
         (ParallelConfig(tensor=8), "parallel.tensor=8 does not divide the model's num_key_value_heads=4"),
         (ParallelConfig(tensor=4, expert=16), "parallel.expert=16 does not divide the model's number of exp"),
-        (ParallelConfig(pipeline=3), "parallel.pipeline=3 does not divide the model's num_hidden_layers=4"),
+        (ParallelConfig(pipeline=5), "parallel.pipeline=5 exceeds the model's num_hidden_layers=4"),
         (ParallelConfig(expert=3), "parallel.expert=3 does not divide the model's number of experts=8"),
     ],
 )

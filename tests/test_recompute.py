@@ -39,7 +39,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 class KeptBytes:
-    """Bytes of all storages that wait for their backward, weights left out, and the most there were at once."""
+    """Bytes of all storages that wait for backward, weights left out, and the most there were at once."""
 
     def __init__(self, model: Module) -> None:
         self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -15,7 +15,7 @@ import psutil
 
 from megatron_klong.convert.compare import WeightComparison, compare_weights, open_weights
 from megatron_klong.convert.folders import OnBytes
-from megatron_klong.model.weights import parameter_counts
+from megatron_klong.model.parameters import parameter_counts
 
 _BYTES_A_PARAMETER = 4.5
 """Of memory, to compute in fp32: the weights, and something for activations."""

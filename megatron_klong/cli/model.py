@@ -13,7 +13,7 @@ from megatron_klong.config import preset_file, preset_names
 
 if TYPE_CHECKING:
     from megatron_klong.model.decoder import DecoderConfig
-    from megatron_klong.model.weights import ParameterCounts
+    from megatron_klong.model.parameters import ParameterCounts
 
 app = typer.Typer(help="Shapes of models and their parameters.", no_args_is_help=True)
 
@@ -68,7 +68,7 @@ def show(
 def _show(model: str) -> _Shown:
     quiet()
     from megatron_klong.model.hf_config import load_hf_config
-    from megatron_klong.model.weights import parameter_counts
+    from megatron_klong.model.parameters import parameter_counts
 
     file = preset_file(model) if model in preset_names() else Path(model)
     shape = load_hf_config(file)

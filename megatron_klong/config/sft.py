@@ -53,6 +53,7 @@ class RouterConfig(StrictModel):
 
 
 RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+Recompute = Literal["none", "full"] | tuple[RecomputedModule, ...]
 
 
 class ModelConfig(StrictModel):
@@ -68,7 +69,7 @@ class ModelConfig(StrictModel):
     """Hugging Face folder with safetensors, or Megatron checkpoint, to start from. Default: fresh
     weights from the seed."""
 
-    recompute: Literal["none", "full"] | tuple[RecomputedModule, ...] = "none"
+    recompute: Recompute = "none"
     """Activations that are computed again in the backward pass instead of kept: none; those of whole layers;
     or those of the modules listed (Megatron's names). The result is the same."""
 

@@ -19,6 +19,7 @@ from megatron_klong.model.decoder import DecoderConfig, MoeConfig
 from megatron_klong.model.linear_cross_entropy import linear_cross_entropy
 from megatron_klong.model.row import RowLayout, Target
 from megatron_klong.model.specs import has_transformer_engine, layer_specs, prediction_spec
+from megatron_klong.model.stages import stage_layers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -199,9 +200,20 @@ def transformer_config(
         mtp_num_layers=hf.prediction_layers or None,
         mtp_loss_scaling_factor=settings.prediction_loss_weight,
         moe_layer_freq=[int(hf.is_moe_layer(layer)) for layer in range(hf.num_hidden_layers)],
+        **_stage_options(hf, parallel),
         **_recompute_options(settings),
         **(_moe_options(hf.moe, settings) if hf.moe else {}),
     )
+
+
+def _stage_options(hf: DecoderConfig, parallel: ParallelConfig) -> dict[str, object]:
+    """What each pipeline stage has, in Megatron's words; prediction layers are on the last."""
+    if parallel.pipeline == 1:
+        return {}
+    stages = [["decoder"] * layers for layers in stage_layers(hf.num_hidden_layers, parallel.pipeline)]
+    stages[0].insert(0, "embedding")
+    stages[-1] += ["mtp"] * hf.prediction_layers + ["loss"]
+    return {"pipeline_model_parallel_layout": stages}
 
 
 def _recompute_options(settings: ModelConfig) -> dict[str, object]:

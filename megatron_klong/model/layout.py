@@ -18,13 +18,17 @@ def check_layout(hf: DecoderConfig, parallel: ParallelConfig) -> None:
         ("vocab_size", hf.vocab_size, "tensor", tensor),
         ("intermediate_size", hf.intermediate_size, "tensor", tensor),
         ("hidden_size", hf.hidden_size, "tensor", tensor),
-        ("num_hidden_layers", hf.num_hidden_layers, "pipeline", parallel.pipeline),
     ]
     if hf.moe is not None:
         divided.append(("size of all shared experts", hf.moe.shared_width, "tensor", tensor))
         divided.append(("number of experts", hf.moe.experts, "expert", parallel.expert))
     elif parallel.expert > 1:
         raise ValueError(f"parallel.expert={parallel.expert}: the model has no experts; use 1")
+    if parallel.pipeline > hf.num_hidden_layers:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} exceeds the model's "
+            f"num_hidden_layers={hf.num_hidden_layers}; each stage needs a layer"
+        )
     for name, size, by, ways in divided:
         if size % ways:
             raise ValueError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.families import FAMILIES
-from megatron_klong.model.weight_map import HfTensor, is_prediction, take_shard, weight_rules
+from megatron_klong.model.weight_map import HfTensor, take_shard, weight_rules
 
 WeightSource = Callable[[HfTensor], Tensor]
 """Gives the full tensor for a name of the Hugging Face checkpoint."""
@@ -237,34 +235,3 @@ def load_weights(model: GPTModel, config: DecoderConfig, source: WeightSource) -
         rule = rules[name]
         full = rule.join.join([source(part) for part in rule.hf])
         tensor.copy_(take_shard(rule.shard, full, tp_group.rank(), tp_group.size()))
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Trained parameters; the router's bias is a buffer and does not count.
-
-    Attributes:
-        total: of the decoder, with embeddings and head.
-        active: of them, those that one token passes through.
-        prediction: of multi-token prediction layers, beside the total.
-    """
-
-    total: int
-    active: int
-    prediction: int
-
-
-def parameter_counts(config: DecoderConfig) -> ParameterCounts:
-    """Counted on the weight map, by name and shape."""
-    total = experts = prediction = 0
-    for rule in weight_rules(config).values():
-        if rule.megatron.endswith("expert_bias"):
-            continue
-        size = sum(math.prod(part.shape) for part in rule.hf)
-        if is_prediction(rule):
-            prediction += size
-            continue
-        total += size
-        experts += size if ".local_experts." in rule.megatron else 0
-    idle = experts // config.moe.experts * (config.moe.experts - config.moe.top_k) if config.moe else 0
-    return ParameterCounts(total, total - idle, prediction)

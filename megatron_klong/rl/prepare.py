@@ -15,6 +15,7 @@ from megatron_klong.rl.live import live_rule
 from megatron_klong.rollout.task import read_task, task_folders
 from megatron_klong.sandbox.bubblewrap import check_hidden
 from megatron_klong.training.fingerprint import fingerprint, weights_fingerprint
+from megatron_klong.training.memory_check import check_memory
 from megatron_klong.training.run_directory import RunDirectory, identity_of
 from megatron_klong.trajectory.render import Renderer, load_renderer
 
@@ -85,6 +86,18 @@ def check_rl(config: RlConfig) -> CheckedRl:
     assert config.model.weights is not None
     contents["model.weights.content"] = weights_fingerprint(config.model.weights)
     return CheckedRl(hf, contents)
+
+
+def check_trainer(config: RlConfig, ranks: int, ranks_here: int) -> None:
+    """Check the trainer's layout and memory at so many ranks, of which ``ranks_here`` are on this machine.
+
+    Raises:
+        ValueError: names the field and the remedy.
+    """
+    config.parallel.check(ranks)
+    # Batches differ in rows; as many as fill the pipeline need most memory.
+    rows = config.parallel.data(ranks) * config.parallel.pipeline
+    check_memory(load_hf_config(config.model.shape), config.trainer_settings, ranks, ranks_here, rows)
 
 
 def _check_tasks(root: Path, config: RlConfig, renderer: Renderer, seen: dict[str, Path]) -> str:

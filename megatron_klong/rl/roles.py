@@ -18,8 +18,9 @@ from megatron_klong.config import RlConfig
 from megatron_klong.inference.server import VllmServer
 from megatron_klong.inference.wire import ServerError
 from megatron_klong.rl.exchange import Exchange, Finished, ServerAddress
-from megatron_klong.rl.prepare import check_rl, claim_run
+from megatron_klong.rl.prepare import check_rl, check_trainer, claim_run
 from megatron_klong.rl.report import Display
+from megatron_klong.training.launched import nodes, rank_environment
 from megatron_klong.training.local_ranks import run_ranks
 from megatron_klong.training.run_directory import RunDirectory
 
@@ -29,17 +30,20 @@ _LOCK_SECONDS = 60.0
 
 
 def run_trainer(config: RlConfig) -> int:
-    """Train on this node's ranks, or as one rank of torchrun; the exit code."""
+    """Train on this node's ranks, or as one rank of torchrun or srun; the exit code."""
+    rank = rank_environment(os.environ)
+    ranks = config.parallel.world_size if rank is None else int(rank["WORLD_SIZE"])
+    check_trainer(config, ranks, ranks // nodes(os.environ))
     run = _join(config)
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if rank is None:
         with run.locked("trainer", wait_seconds=_LOCK_SECONDS):
             return run_ranks(
                 "megatron_klong.rl.worker", [str(run.path)], config.parallel.world_size, run.logs / "trainer"
             )
     from megatron_klong.rl.worker import train
 
-    config.parallel.check(int(os.environ["WORLD_SIZE"]))
-    if os.environ["RANK"] != "0":
+    os.environ.update(rank)
+    if rank["RANK"] != "0":
         train(config)
         return 0
     with run.locked("trainer", wait_seconds=_LOCK_SECONDS):

@@ -16,7 +16,7 @@ from types import FrameType
 
 from megatron_klong.config import RlConfig
 from megatron_klong.rl.exchange import Exchange, Finished
-from megatron_klong.rl.prepare import check_rl, claim_run
+from megatron_klong.rl.prepare import check_rl, check_trainer, claim_run
 from megatron_klong.training.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.2
@@ -56,6 +56,8 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
         ValueError: a user's error, found before anything is started.
     """
     checked = check_rl(config)
+    ranks = config.parallel.world_size
+    check_trainer(config, ranks, ranks)
     run = RunDirectory(config.run.dir)
     with run.locked():
         with contextlib.ExitStack() as idle:

@@ -22,7 +22,7 @@ from megatron_klong.data.dataset import build_datasets
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.gpt import build_model
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.weights import ParameterCounts, parameter_counts
+from megatron_klong.model.parameters import ParameterCounts, parameter_counts
 from megatron_klong.platform import activate
 from megatron_klong.training.initialize import set_up_layout
 

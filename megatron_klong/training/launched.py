@@ -41,6 +41,15 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def nodes(environment: Mapping[str, str]) -> int:
+    """Machines that the ranks of this process's launch are on: 1 where it starts its own."""
+    if rank_environment(environment) is None:
+        return 1
+    if "LOCAL_WORLD_SIZE" in environment:  # torchrun's
+        return max(1, int(environment["WORLD_SIZE"]) // int(environment["LOCAL_WORLD_SIZE"]))
+    return int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+
+
 def first_node(nodes: str) -> str:
     """The first of a list as Slurm writes it: ``h100-[003-007,012]`` is ``h100-003``.
 

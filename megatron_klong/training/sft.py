@@ -19,7 +19,7 @@ from megatron_klong.data.rows import PackedRow, PackedRows
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.flops import Work, training_flops
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.weights import parameter_counts
+from megatron_klong.model.parameters import parameter_counts
 from megatron_klong.platform import Platform
 from megatron_klong.training.anomaly import AnomalyJudge, LossHistory, Verdict, diagnose
 from megatron_klong.training.checkpointing import (

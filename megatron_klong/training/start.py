@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 from megatron_klong.config import SftConfig
-from megatron_klong.training.launched import rank_environment
+from megatron_klong.training.launched import nodes, rank_environment
 from megatron_klong.training.local_ranks import run_ranks
+from megatron_klong.training.memory_check import check_memory
 from megatron_klong.training.preflight import check_sft
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory, sft_identity
@@ -25,6 +27,12 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     inputs = check_sft(config)
     run = RunDirectory(config.run.dir)
     rank = rank_environment(os.environ)
+    ranks = config.parallel.world_size if rank is None else int(rank["WORLD_SIZE"])
+    config.check_world(ranks)
+    check_memory(
+        inputs.model, config.trainer_settings(config.data.fixed_steps or sys.maxsize), ranks,
+        ranks // nodes(os.environ), config.training.global_batch_rows,
+    )  # fmt: skip
     if rank is None:
         with run.locked() as lock:
             run.prepare(config, sft_identity(config, inputs), fresh=fresh)
@@ -36,7 +44,6 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     from megatron_klong.training.worker import train
 
     os.environ.update(rank)
-    config.check_world(int(rank["WORLD_SIZE"]))
     with contextlib.ExitStack() as held:
         if rank["RANK"] == "0":
             held.enter_context(run.locked())

@@ -1,0 +1,170 @@
+"""Which layouts hold a model on so many devices, and which of them is fastest by the cost model."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from megatron_klong.config import ModelConfig, ParallelConfig, Recompute
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.layout import check_layout
+from megatron_klong.planner.activations import Kernels
+from megatron_klong.planner.memory import OVERHEADS, MemoryModel, Overheads, RankMemory
+from megatron_klong.planner.speed import H100, Hardware, StepTime, step_time
+
+RECOMPUTES: tuple[Recompute, ...] = (
+    "none", ("layernorm",), ("moe", "mlp"), ("core_attn", "layernorm", "mlp", "moe"), "full",
+)  # fmt: skip
+"""From what costs least time to what costs least memory."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Args:
+        hf: the model's shape.
+        model: precision and prediction layers; its recomputation is searched.
+        ranks: devices.
+        device_bytes: memory of each.
+        row_tokens: of a row, the longest sequence.
+        rows: of a global batch.
+        kernels: whose layers.
+        imbalance: tokens that the busiest rank's experts receive, over the average.
+        overheads: beside the tensors.
+        hardware: of the cost model.
+    """
+
+    hf: DecoderConfig
+    model: ModelConfig
+    ranks: int
+    device_bytes: int
+    row_tokens: int
+    rows: int
+    kernels: Kernels = "transformer-engine"
+    imbalance: float = 1.2
+    overheads: Overheads = OVERHEADS
+    hardware: Hardware = H100
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A layout with the recomputation that it needs.
+
+    Attributes:
+        parallel: the layout.
+        recompute: the cheapest that fits; if none does, the one that saves most.
+        micro_batches: of each data-parallel rank in a step.
+        memory: of a rank of each pipeline stage.
+        fits: whether every stage does.
+        reason: why not.
+        time: of a step.
+        tokens_per_second: of all devices together.
+    """
+
+    parallel: ParallelConfig
+    recompute: Recompute
+    micro_batches: int
+    memory: tuple[RankMemory, ...]
+    fits: bool
+    reason: str | None
+    time: StepTime
+    tokens_per_second: float
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The stage that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: layouts that fit, fastest first, others by how little is missing, and how many layouts the
+    model or the batch rules out, by reason."""
+
+    fitting: tuple[LayoutPlan, ...]
+    others: tuple[LayoutPlan, ...]
+    impossible: dict[str, int]
+
+
+def search(question: Question) -> Plan:
+    """Look at every layout of powers of two, and every number of pipeline stages that divides the devices."""
+    plans: list[LayoutPlan] = []
+    impossible: Counter[str] = Counter()
+    for parallel in _layouts(question):
+        reason = _impossible(question, parallel)
+        if reason is None:
+            plans.append(plan_layout(question, parallel))
+        else:
+            impossible[reason] += 1
+    fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
+    others = sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.fullest.total)
+    return Plan(tuple(fitting), tuple(others), dict(impossible.most_common()))
+
+
+def plan_layout(
+    question: Question, parallel: ParallelConfig, recomputes: tuple[Recompute, ...] = RECOMPUTES
+) -> LayoutPlan:
+    """Try each recomputation in turn until one fits. The layout must be possible."""
+    micro_batches = question.rows // parallel.data(question.ranks)
+    for recompute in recomputes:
+        model = question.model.model_copy(update={"recompute": recompute})
+        memory = MemoryModel(
+            question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches,
+            question.kernels, question.imbalance, question.overheads,
+        ).stages()  # fmt: skip
+        if max(each.total for each in memory) <= question.device_bytes:
+            break
+    time = step_time(
+        question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches, question.kernels,
+        question.imbalance, question.hardware,
+    )  # fmt: skip
+    fits = max(each.total for each in memory) <= question.device_bytes
+    return LayoutPlan(
+        parallel, recompute, micro_batches, memory, fits,
+        None if fits else _too_large(memory, recompute, question.device_bytes),
+        time, question.rows * question.row_tokens / time.total,
+    )  # fmt: skip
+
+
+def _layouts(question: Question) -> Iterator[ParallelConfig]:
+    ranks = question.ranks
+    powers = [2**n for n in range(ranks.bit_length()) if 2**n <= ranks]
+    stages = [n for n in range(1, min(ranks, question.hf.num_hidden_layers) + 1) if ranks % n == 0]
+    experts = powers if question.hf.moe else [1]
+    for tensor, context, pipeline, expert in itertools.product(powers, powers, stages, experts):
+        stage = ranks // pipeline
+        if stage % (tensor * context) == 0 and stage % expert == 0:
+            yield ParallelConfig(
+                tensor=tensor, context=context, pipeline=pipeline, expert=expert, nproc=ranks
+            )
+
+
+def _impossible(question: Question, parallel: ParallelConfig) -> str | None:
+    """Why the model or the batch cannot be laid out so, without the layout's numbers."""
+    data = parallel.data(question.ranks)
+    if parallel.tensor > question.hardware.node:
+        return f"tensor parallelism over more than the {question.hardware.node} devices of a node"
+    if question.rows % data:
+        return f"more data-parallel ranks than divide the {question.rows} rows of a batch"
+    if question.row_tokens % parallel.row_divisor:
+        return f"rows of {question.row_tokens} tokens that its ranks cannot share evenly"
+    try:
+        check_layout(question.hf, parallel)
+    except ValueError as error:
+        return str(error).split("; ")[0].partition(" ")[2]
+    return None
+
+
+def _too_large(memory: tuple[RankMemory, ...], recompute: Recompute, device_bytes: int) -> str:
+    worst = max(range(len(memory)), key=lambda stage: memory[stage].total)
+    kinds = {field.name: getattr(memory[worst], field.name) for field in fields(RankMemory)}
+    largest = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
+    named = ", ".join(f"{kind} {kinds[kind] / 1e9:.1f}" for kind in largest)
+    done = "even with full recomputation, " if recompute == "full" else ""
+    return (
+        f"{done}stage {worst} needs {memory[worst].total / 1e9:.1f} GB of {device_bytes / 1e9:.1f} "
+        f"(most of it {named})"
+    )

@@ -1,0 +1,53 @@
+"""Refuses a run whose ranks lack the memory that it needs. Imports no torch: it is asked before a start."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+from megatron_klong.config import TrainerSettings
+from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.planner.memory import OVERHEADS, Overheads
+from megatron_klong.planner.search import Question, plan_layout, search
+from megatron_klong.platform.memory import gpu_bytes, host_bytes
+
+_CPU_OVERHEADS = Overheads(context=600_000_000, communicator=0, peer=0, fragmentation=0.0)
+"""Python, torch and Megatron in a process."""
+
+
+def check_memory(
+    hf: DecoderConfig, settings: TrainerSettings, ranks: int, ranks_here: int, rows: int
+) -> None:
+    """Ask the planner whether every rank fits its GPU or, without GPUs, its share of this machine's memory.
+
+    Args:
+        hf: the model's shape.
+        settings: of the trainer; the layout fits the shape.
+        ranks: of the layout.
+        ranks_here: of them, on this machine.
+        rows: of a global batch.
+
+    Raises:
+        ValueError: it does not; names what needs most, and a layout that would fit.
+    """
+    on_gpu = gpu_bytes()
+    question = Question(
+        hf, settings.model, ranks, on_gpu or host_bytes() // ranks_here, settings.row_tokens, rows,
+        "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch", 1.0,
+        OVERHEADS if on_gpu else _CPU_OVERHEADS,
+    )  # fmt: skip
+    asked = plan_layout(question, settings.parallel, (settings.model.recompute,))
+    if asked.fits:
+        return
+    searched = replace(question, model=settings.model.model_copy(update={"recompute_layers": None}))
+    fitting = search(searched).fitting
+    if fitting:
+        best, parallel = fitting[0], fitting[0].parallel
+        remedy = (
+            f"use parallel.tensor={parallel.tensor} parallel.context={parallel.context} "
+            f"parallel.pipeline={parallel.pipeline} parallel.expert={parallel.expert} "
+            f"model.recompute={best.recompute if isinstance(best.recompute, str) else list(best.recompute)}"
+        )
+    else:
+        remedy = f"no layout of {ranks} ranks fits; `klong plan` says how many would"
+    raise ValueError(f"parallel: {settings.parallel.described(ranks)} does not fit: {asked.reason}; {remedy}")
