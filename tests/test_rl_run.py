@@ -41,8 +41,11 @@ ITERATIONS, GROUPS, MEMBERS = 3, 2, 4
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def make_inputs(folder: Path) -> Path:
     """Model, tokenizer, tasks; each task has a check that gives a part of the grade by chance."""
-    folder = tmp_path_factory.mktemp("inputs")
     for name, seed in (("domain", 1), ("held-out", 2)):
         generate_domain(folder / name, count=3, seed=seed, renderer="glm-4.5", experiments=(2, 3),
                         inserted_texts=(MARKER_TEXT, NOTE_TEXT))  # fmt: skip

@@ -1,0 +1,245 @@
+"""The scripts in slurm/ on a real Slurm of four nodes, all of them this machine; tiny models on CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.interruptions import Comparison, compare
+from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
+from tests.test_rl_run import make_inputs, write_config
+from tests.test_sft import KLONG, ROOT, arguments, losses, metrics, sft
+
+pytestmark = pytest.mark.timeout(600)
+SFT, CONVERT, RL = (ROOT / "slurm" / f"{name}.sbatch" for name in ("sft", "convert", "rl"))
+CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", *CPU)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    root = tmp_path_factory.mktemp("slurm")
+    with slurm_cluster(root) as found:
+        found.environment |= {
+            "KLONG_HOME": str(ROOT), "KLONG_VENV": sys.prefix, "KLONG_LOGS": str(root / "logs"),
+            # Nodes' names are not in any DNS here.
+            "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "KLONG_SERVER_HOST": "127.0.0.1",
+        }  # fmt: skip
+        yield found
+
+
+@pytest.fixture(scope="module")
+def rl_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("rl-inputs"))
+
+
+def place(folder: Path) -> tuple[str, str]:
+    """Options of sbatch: the checkout, from which configs name their files; and the script's log."""
+    return f"--chdir={ROOT}", f"--output={folder}/%j.log"
+
+
+def settings(store: Path, run: Path, *overrides: str) -> list[str]:
+    """Arguments of `klong sft`, with a config that can be found from anywhere."""
+    config, *rest = arguments(store, run, *overrides)[len(KLONG) + 1 :]
+    return [str(ROOT / config), *rest]
+
+
+def output(cluster: SlurmCluster, job: str) -> str:
+    """What a job's script has said, in all attempts."""
+    return Path(cluster.field(job, "StdOut")).read_text()
+
+
+def until(what: Callable[[], object], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def steps(run: Path) -> int:
+    """Optimizer steps that a run has reported."""
+    return sum(line["kind"] == "train" for line in metrics(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(domain_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with, by `klong sft` on its own ranks."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    sft(domain_store, run, "data.phases.train.steps=8")
+    return run
+
+
+@pytest.mark.parametrize("way", ["requeue", "signal", "lost node"])
+def test_a_run_goes_on_after_preemption_with_the_same_losses(
+    cluster: SlurmCluster, domain_store: Path, tmp_path: Path, undisturbed: Path, way: str
+) -> None:
+    """Two nodes of two ranks: put back into the queue, as a preempting job does it; told to save before the
+    time limit; a node's daemon killed."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        *TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, "data.phases.train.steps=8")
+    )
+    until(lambda: steps(run) >= 2)
+    nodes = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).stdout.split()
+    if way == "requeue":
+        cluster.run("scontrol", "requeue", job)
+    elif way == "signal":
+        cluster.run("scancel", "--signal=TERM", job)  # as --signal=TERM@600 does: the steps alone
+    else:
+        cluster.kill_node(nodes[1])
+    assert cluster.wait(job, "COMPLETED", "FAILED", "NODE_FAIL", seconds=300) == "COMPLETED", output(
+        cluster, job
+    )
+    assert cluster.field(job, "Restarts") == "1"
+    assert compare(undisturbed, run) == Comparison(steps=8, different=(), repeated=())
+    assert losses(run) == losses(undisturbed)
+    said = output(cluster, job)
+    assert "attempt 0" in said and "attempt 1" in said and said.rstrip().endswith("done")
+    logs = cluster.root / "logs" / f"klong-sft-{job}"
+    assert sorted(folder.name for folder in logs.iterdir()) == ["attempt-0", "attempt-1"]
+    if way == "signal":
+        assert "stopped before the time limit, saved; queued again" in said
+        assert "resumed from step_" in (logs / "attempt-1" / "rank-0.log").read_text()
+
+
+def failed(cluster: SlurmCluster, job: str) -> str:
+    """What a job says that must fail."""
+    assert cluster.wait(job, "FAILED", "COMPLETED", "NODE_FAIL") == "FAILED", output(cluster, job)
+    assert cluster.field(job, "ExitCode") != "0:0"
+    return output(cluster, job)
+
+
+def test_a_failing_job_says_why(cluster: SlurmCluster, domain_store: Path, tmp_path: Path) -> None:
+    job = cluster.submit(*TWO_NODES, *place(tmp_path), SFT,
+                         *settings(domain_store, tmp_path / "run", "optimizer.lrr=1"))  # fmt: skip
+    said = failed(cluster, job)
+    assert cluster.field(job, "ExitCode") == "2:0" and cluster.field(job, "Restarts") == "0"
+    assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in said
+
+
+def test_a_layout_that_does_not_divide_the_tasks(
+    cluster: SlurmCluster, domain_store: Path, tmp_path: Path
+) -> None:
+    job = cluster.submit("--nodes=1", "--ntasks-per-node=2", *CPU, *place(tmp_path), SFT,
+                         *settings(domain_store, tmp_path / "run"))  # fmt: skip
+    said = failed(cluster, job)
+    assert "2 ranks cannot hold tensor=2 x context=1 x pipeline=2 with expert=2; use a multiple of 4" in said
+
+
+def test_two_jobs_in_one_run_directory(cluster: SlurmCluster, domain_store: Path, tmp_path: Path) -> None:
+    """The second is refused, and the first is not disturbed."""
+    run = tmp_path / "run"
+    ours = settings(domain_store, run, "data.phases.train.steps=8")
+    first = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
+    until(lambda: steps(run) >= 1)
+    second = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
+    assert "is in use by another process" in failed(cluster, second)
+    assert cluster.wait(first, "COMPLETED", "FAILED") == "COMPLETED"
+    assert steps(run) == 8
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"KLONG_CONTAINER": "docker"}, "KLONG_CONTAINER=docker: choose none, pyxis or apptainer"),
+        ({"KLONG_CONTAINER": "apptainer", "KLONG_IMAGE": "/no.sif"}, "KLONG_IMAGE=/no.sif: no such file"),
+        ({"KLONG_CONTAINER": "pyxis", "KLONG_IMAGE": "x"}, "this cluster's srun has no --container-image"),
+        ({"KLONG_VENV": "/nowhere"}, "KLONG_VENV=/nowhere has no bin/klong"),
+        ({"KLONG_LOGS": "/proc/logs"}, "KLONG_LOGS=/proc/logs cannot be written"),
+        ({"KLONG_TMP_GIB": "999999"}, "GiB free, less than KLONG_TMP_GIB=999999"),
+        ({"KLONG_HOME": "/nowhere"}, "/nowhere/slurm/common.sh: No such file"),
+    ],
+)  # fmt: skip
+def test_a_site_that_is_set_up_wrong(
+    cluster: SlurmCluster, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    job = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, "config.yaml", **environment)
+    assert message in failed(cluster, job)
+
+
+def test_nodes_are_checked_before_the_start(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Two of eight GPUs answer and one of them has errors; a stand-in for nvidia-smi, which is not here."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] && echo "0, 5, 0, 0"\necho "1, 5, 3, 0"\n')
+    smi.chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    for wanted, reason in (
+        ("8", "bad n2 1 of 8 GPUs answer"),
+        ("1", "GPU 1 has 3 uncorrected memory errors"),
+    ):
+        job = cluster.submit(*TWO_NODES, "--nodelist=n[1-2]", *place(tmp_path), SFT, "c.yaml",
+                             PATH=path, SLURM_GPUS_ON_NODE=wanted)  # fmt: skip
+        said = failed(cluster, job)
+        assert reason in said and "submit again with --exclude=n1,n2" in said
+
+
+def test_a_clock_that_is_wrong(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """On one node `date` is ten minutes behind."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    date = tools / "date"
+    date.write_text(
+        '#!/bin/bash\n[[ "$SLURMD_NODENAME" == n2 ]] && set -- -d "10 minutes ago" "$@"\n'
+        f'exec {shutil.which("date")} "$@"\n'
+    )
+    date.chmod(0o755)
+    job = cluster.submit(*TWO_NODES, "--nodelist=n[1-2]", *place(tmp_path), SFT, "c.yaml",
+                         PATH=f"{tools}:{os.environ['PATH']}")  # fmt: skip
+    said = failed(cluster, job)
+    assert "bad n2 its clock is" in said and "--exclude=n2" in said
+
+
+def test_a_read_only_run_directory(cluster: SlurmCluster, domain_store: Path, tmp_path: Path) -> None:
+    job = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, Path("/sys/run")))
+    said = failed(cluster, job)
+    assert "error: " in said and "/sys/run" in said
+
+
+def test_a_partition_that_does_not_exist(cluster: SlurmCluster) -> None:
+    done = cluster.run("sbatch", "--partition=h100", *TWO_NODES, SFT, "c.yaml", check=False)
+    assert done.returncode == 1 and "invalid partition specified: h100" in done.stderr
+
+
+def test_conversion_on_a_node(cluster: SlurmCluster, undisturbed: Path, domain: Path, tmp_path: Path) -> None:
+    job = cluster.submit(
+        "--mem=0", "--cpus-per-task=1", *place(tmp_path), CONVERT, "export", undisturbed,
+        tmp_path / "exported", "--tokenizer", domain / "tokenizer",
+    )  # fmt: skip
+    assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", output(cluster, job)
+    assert "93 tensors" in output(cluster, job) and (tmp_path / "exported" / "config.json").is_file()
+
+
+def test_three_roles_of_reinforcement_learning(
+    cluster: SlurmCluster,
+    inputs: Path,
+    tmp_path: Path,
+) -> None:
+    """A heterogeneous job; the server's task is killed on the way and started again."""
+    config = write_config(tmp_path, rl_inputs)
+    job = cluster.submit(
+        *CPU, ":", "--nodes=1", "--ntasks-per-node=2", *CPU, ":", "--nodes=1", *CPU,
+        *place(tmp_path), RL, config,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    until(lambda: list(run.glob("exchange/done-*")) or "FAILED" in cluster.field(job, "JobState"), 300)
+    killed = subprocess.run(["pkill", "-KILL", "-f", f"rl server {config}"], check=False)
+    assert killed.returncode == 0, output(cluster, job)
+    state = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=500)
+    said = output(cluster, job)
+    assert state == "COMPLETED", said
+    assert "server ended with exit code 137; started again" in said and "orchestrator is done" in said
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 3
