@@ -17,6 +17,10 @@
 : "${KLONG_REQUEUES:=50}"
 # How often rl.sbatch starts a role again that has died.
 : "${KLONG_RESTARTS:=5}"
+# Where rl.sbatch's servers listen, and by which name the others reach them (default: their node's). They have routes
+# that change a model and ask nobody for a password: on a network that is not trusted, name a private address.
+export KLONG_SERVER_HOST="${KLONG_SERVER_HOST:-0.0.0.0}"
+export KLONG_SERVER_ADDRESS="${KLONG_SERVER_ADDRESS:-}"
 # Most that the clocks of two nodes may differ by, seconds: logs and file times are compared across nodes.
 : "${KLONG_CLOCK_SECONDS:=5}"
 # Least free space on a node's /tmp, GiB (0: not checked).

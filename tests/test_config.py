@@ -38,7 +38,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("data.max_tokens=9", "unknown key 'data.max_tokens'; did you mean 'data.window.max_tokens'?"),
         ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("data.window.overlap=9", "did you mean 'data.window.overlap_tokens'?"),
-        ("run.xyzzy=1", "unknown key 'run.xyzzy'; valid here: dir, seed"),
+        ("run.xyzzy=1", "unknown key 'run.xyzzy'; valid here: dir, seed, check_memory"),
         ("optimizer.lr=fast", "optimizer.lr='fast': Input should be a valid number"),
         ("optimizer.lr=-1", "optimizer.lr=-1: Input should be greater than 0"),
         ("data.window.prefix=all", "data.window.prefix='all': Input should be 'task', 'reading' or 'marked'"),

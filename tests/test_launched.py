@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klong.training.launched import first_node, rank_environment
+from megatron_klong.training.launched import first_node, nodes, rank_environment
 from tests.test_sft import ROOT, arguments, losses, sft
 
 SRUN = {
@@ -83,3 +83,16 @@ def test_ranks_of_srun_train_like_our_own(domain_store: Path, tmp_path: Path) ->
     assert "2 ranks: TP1 CP1 PP1 EP2 DP2" in said[0][0] and said[1][0] == ""
     sft(domain_store, ours, *layout)
     assert losses(theirs) == losses(ours)
+
+
+@pytest.mark.parametrize(
+    ("environment", "machines"),
+    [
+        ({}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2),
+        ({"RANK": "0", "WORLD_SIZE": "16"}, 1),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "3"}, 3),
+    ],
+)
+def test_machines_of_a_launch(environment: dict[str, str], machines: int) -> None:
+    assert nodes(environment) == machines

@@ -35,6 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
             "KLONG_HOME": str(ROOT), "KLONG_VENV": sys.prefix, "KLONG_LOGS": str(root / "logs"),
             # Nodes' names are not in any DNS here.
             "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "KLONG_SERVER_HOST": "127.0.0.1",
+            "KLONG_SERVER_ADDRESS": "127.0.0.1",
         }  # fmt: skip
         yield found
 

@@ -22,6 +22,10 @@ class ServerConfig(StrictModel):
     """Address to bind to. The server has routes that change its weights and asks nobody for a
     password: bind it to a network only where every machine on it is trusted."""
 
+    address: str | None = None
+    """By which others reach it, where that is not `host`: a server of several machines binds to 0.0.0.0 and
+    is called by its node's name."""
+
     port: int = Field(default=0, ge=0, le=65535)
     """Port to bind to; 0 takes a free one."""
 

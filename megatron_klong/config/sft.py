@@ -23,6 +23,9 @@ class RunConfig(StrictModel):
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seeds the fresh weights, the order of the data, and the random numbers of every step."""
 
+    check_memory: bool = True
+    """Refuse to start where the planner says that the layout does not fit the memory of the devices."""
+
 
 class RouterConfig(StrictModel):
     """How the routers of expert layers are trained, where the model has any."""

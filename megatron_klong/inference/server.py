@@ -59,8 +59,8 @@ class VllmServer:
 
     @property
     def url(self) -> str:
-        """Where it listens; the same after a restart."""
-        return f"http://{self.config.host}:{self._port}"
+        """Where it is reached; the same after a restart."""
+        return f"http://{self.config.address or self.config.host}:{self._port}"
 
     @property
     def pid(self) -> int:

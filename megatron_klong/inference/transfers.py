@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import torch
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightSource
@@ -66,4 +68,18 @@ def _meeting(fleet: Fleet) -> tuple[str, int, int]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
-    return socket.gethostbyname(socket.gethostname()), port, size
+    return own_address([urlsplit(url).hostname or "" for url in fleet.urls]), port, size
+
+
+def own_address(hosts: Sequence[str]) -> str:
+    """This machine's address as others see it, whom its own name often does not tell: that is its loopback's.
+
+    Args:
+        hosts: the others; the loopback's address is given only if all of them are on this machine.
+    """
+    found = []
+    for host in hosts:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # chooses an interface; nothing is sent
+            found.append(str(probe.getsockname()[0]))
+    return next((address for address in found if not address.startswith("127.")), found[0])

@@ -29,6 +29,7 @@ _CHANGEABLE = (
     "model.weights",
     "parallel.*",
     "rollout.concurrent",
+    "run.check_memory",
     "run.dir",
     "sandbox.command_seconds",
     "server*",
@@ -95,9 +96,10 @@ def check_trainer(config: RlConfig, ranks: int, ranks_here: int) -> None:
         ValueError: names the field and the remedy.
     """
     config.parallel.check(ranks)
-    # Batches differ in rows; as many as fill the pipeline need most memory.
-    rows = config.parallel.data(ranks) * config.parallel.pipeline
-    check_memory(load_hf_config(config.model.shape), config.trainer_settings, ranks, ranks_here, rows)
+    if config.run.check_memory:
+        # Batches differ in rows; as many as fill the pipeline need most memory.
+        rows = config.parallel.data(ranks) * config.parallel.pipeline
+        check_memory(load_hf_config(config.model.shape), config.trainer_settings, ranks, ranks_here, rows)
 
 
 def _check_tasks(root: Path, config: RlConfig, renderer: Renderer, seen: dict[str, Path]) -> str:

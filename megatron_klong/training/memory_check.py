@@ -50,4 +50,7 @@ def check_memory(
         )
     else:
         remedy = f"no layout of {ranks} ranks fits; `klong plan` says how many would"
-    raise ValueError(f"parallel: {settings.parallel.described(ranks)} does not fit: {asked.reason}; {remedy}")
+    raise ValueError(
+        f"parallel: {settings.parallel.described(ranks)} does not fit: {asked.reason}; {remedy}, or try "
+        "all the same with run.check_memory=false"
+    )

@@ -34,6 +34,7 @@ SFT_CHANGEABLE = (
     "model.recompute*",
     "model.weights",
     "parallel.*",
+    "run.check_memory",
     "run.dir",
     "training.anomalies.*",
     "training.eval_every",

@@ -29,10 +29,10 @@ def start_sft(config: SftConfig, *, fresh: bool) -> int:
     rank = rank_environment(os.environ)
     ranks = config.parallel.world_size if rank is None else int(rank["WORLD_SIZE"])
     config.check_world(ranks)
-    check_memory(
-        inputs.model, config.trainer_settings(config.data.fixed_steps or sys.maxsize), ranks,
-        ranks // nodes(os.environ), config.training.global_batch_rows,
-    )  # fmt: skip
+    if config.run.check_memory:
+        settings = config.trainer_settings(config.data.fixed_steps or sys.maxsize)
+        rows = config.training.global_batch_rows
+        check_memory(inputs.model, settings, ranks, ranks // nodes(os.environ), rows)
     if rank is None:
         with run.locked() as lock:
             run.prepare(config, sft_identity(config, inputs), fresh=fresh)
