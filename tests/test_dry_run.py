@@ -112,7 +112,7 @@ def test_the_text_names_every_phase_and_source(domain_store: Path, tmp_path: Pat
     ("override", "message"),
     [
         ("optimizer.warmup_steps=4", "optimizer.warmup_steps=4 must be below the run's 4 optimizer steps"),
-        ("parallel.pipeline=3", "parallel.pipeline=3"),
+        ("parallel.pipeline=5", "parallel.pipeline=5 exceeds the model's num_hidden_layers=4"),
         (f"{STORE}=/nowhere/x", "no readable header x.json"),
     ],
 )
