@@ -18,14 +18,18 @@ free="$(df --output=avail -BG /tmp | tail -1 | tr -dc 0-9)"
 wanted="${SLURM_GPUS_ON_NODE:-0}"
 if ((wanted > 0)); then
     command -v nvidia-smi >/dev/null || bad "no nvidia-smi for its $wanted GPUs"
-    query=index,memory.used,ecc.errors.uncorrected.volatile.total,remapped_rows.failure
-    gpus="$(nvidia-smi --query-gpu="$query" --format=csv,noheader,nounits)" || bad "nvidia-smi fails: $gpus"
+    smi=(nvidia-smi "--format=csv,noheader,nounits")
+    [[ -z "${CUDA_VISIBLE_DEVICES:-}" ]] || smi+=(--id="$CUDA_VISIBLE_DEVICES")
+    gpus="$("${smi[@]}" --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total)" ||
+        bad "nvidia-smi fails: $gpus"
     found="$(grep -c . <<<"$gpus" || true)"
     ((found >= wanted)) || bad "$found of $wanted GPUs answer"
-    while IFS=', ' read -r index used errors remapped; do
-        ((used < 2000)) || bad "GPU $index has $used MiB in use by somebody else"
+    while IFS=', ' read -r index used errors; do
+        [[ ! "$used" =~ ^[0-9]+$ ]] || ((used < 2000)) || bad "GPU $index has $used MiB in use by somebody else"
         [[ ! "$errors" =~ ^[1-9] ]] || bad "GPU $index has $errors uncorrected memory errors"
-        [[ ! "$remapped" =~ ^[1-9] ]] || bad "GPU $index could not remap rows of its memory"
     done <<<"$gpus"
+    # Not every driver knows it.
+    rows="$("${smi[@]}" --query-remapped-rows=gpu_bus_id,remapped_rows.failure 2>/dev/null || true)"
+    [[ ! "$rows" =~ ,\ *(Yes|[1-9]) ]] || bad "a GPU could not remap rows of its memory: $(paste -sd' ' <<<"$rows")"
 fi
 echo "ok $node $(date +%s)"

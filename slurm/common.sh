@@ -8,9 +8,6 @@ fail() {
     exit 1
 }
 
-[[ -n "${SLURM_JOB_ID:-}" ]] || fail "this is a batch script: submit it with sbatch"
-[[ -f "$KLONG_HOME/slurm/env.sh" ]] ||
-    fail "no slurm/env.sh in $KLONG_HOME; submit from the checkout's top folder, or set KLONG_HOME to it"
 # shellcheck source=slurm/env.sh
 source "$KLONG_HOME/slurm/env.sh"
 
@@ -23,8 +20,14 @@ ENDED_BY_SLURM=""
 trap 'ENDED_BY_SLURM=yes' TERM
 
 # The command that a task runs, `klong` as the site has it, in COMMAND; options for srun in SRUN.
+# shellcheck disable=SC2034 # the scripts use them
 prepare_software() {
     SRUN=(--kill-on-bad-exit=1 --wait=0)
+    # What is exported here or at submission must win over the image's own values, which pyxis prefers.
+    local names
+    names="$(compgen -e | grep -E '^(OMP_|CUDA_DEVICE_|NCCL_|GLOO_|PYTHON(FAULT|UNBUF)|KLONG_|WANDB_|MASTER_)' | paste -sd,)"
+    # Packages of this machine are none of an image's.
+    [[ "$KLONG_CONTAINER" == none ]] || unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
     case "$KLONG_CONTAINER" in
     none)
         [[ -x "$KLONG_VENV/bin/klong" ]] ||
@@ -39,26 +42,34 @@ prepare_software() {
         [[ "$options" == *--container-image* ]] ||
             fail "KLONG_CONTAINER=pyxis: this cluster's srun has no --container-image; use apptainer or none"
         [[ "$KLONG_IMAGE" != /* || -f "$KLONG_IMAGE" ]] || fail "KLONG_IMAGE=$KLONG_IMAGE: no such file"
-        # The home would bring packages of its own; values of the image would win over those in env.sh.
+        # The home would bring packages of its own.
         SRUN+=(--container-image="$KLONG_IMAGE" --container-mounts="$KLONG_MOUNTS" --no-container-mount-home
             --container-writable --container-workdir="$KLONG_HOME"
-            --container-env="OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS")
+            --container-env="$names")
         COMMAND=(klong)
         ;;
     apptainer)
         [[ -f "$KLONG_IMAGE" ]] || fail "KLONG_CONTAINER=apptainer: KLONG_IMAGE=$KLONG_IMAGE: no such file"
         command -v apptainer >/dev/null || fail "KLONG_CONTAINER=apptainer: no apptainer on $(hostname)"
-        COMMAND=(apptainer exec --no-home --bind "$KLONG_MOUNTS" --pwd "$KLONG_HOME")
-        [[ "${SLURM_GPUS_ON_NODE:-0}" == 0 ]] || COMMAND+=(--nv)
-        COMMAND+=("$KLONG_IMAGE" klong)
+        # On a node without GPUs --nv only warns. Caches of compilers need a place to write to.
+        COMMAND=(apptainer exec --nv --no-home --writable-tmpfs --bind "$KLONG_MOUNTS" --pwd "$KLONG_HOME"
+            "$KLONG_IMAGE" klong)
         ;;
     *) fail "KLONG_CONTAINER=$KLONG_CONTAINER: choose none, pyxis or apptainer" ;;
     esac
-    # Slurm from 22.05 to 23.02 does not hand the job's --cpus-per-task on to srun.
-    [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || SRUN+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+}
+
+# step SUFFIX: srun with its options in STEP; the suffix is that of a component's variables, or empty. Slurm from
+# 22.05 to 23.02 does not take the CPUs of a task from the job.
+step() {
+    local cpus="SLURM_CPUS_PER_TASK$1"
+    STEP=(srun "${SRUN[@]}")
+    [[ -z "${!cpus:-}" ]] || STEP+=(--cpus-per-task="${!cpus}")
 }
 
 begin() {
+    # For `wait -n -p` in rl.sbatch.
+    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash 5.1 or newer is needed, not $BASH_VERSION"
     mkdir -p "$ATTEMPT_LOGS" || fail "KLONG_LOGS=$KLONG_LOGS cannot be written from $(hostname)"
     prepare_software
     say "job $SLURM_JOB_ID ($SLURM_JOB_NAME), attempt $ATTEMPT; logs in $ATTEMPT_LOGS"
@@ -87,37 +98,47 @@ check_nodes() {
     say "$(grep -c '^ok' "$report") nodes checked"
 }
 
-# The exit status of tasks that srun has reported in the file. 143 is how klong ends after SIGTERM, with a
-# checkpoint; but srun also sends that to all tasks when one has failed, and reports the highest status.
+# task_status STATUS REPORT: how the tasks of an srun ended, by what it has said of the first that ended badly. Its
+# own status is the highest of all, and when a task fails it ends the others by SIGTERM. 143 is how klong ends after
+# SIGTERM, with a checkpoint if it had begun.
 task_status() {
-    local status="$1" report="$2" codes
+    local status="$1" report="$2" first
     cat "$report" >&2
-    codes="$(grep -oE 'Exited with exit code [0-9]+' "$report" | awk '$5 != 143 { print $5; exit }')"
-    echo "${codes:-$status}"
+    first="$(grep -E '^srun: error: .*: tasks? [0-9,-]+: ' "$report" | head -n 1)"
+    case "$first" in
+    "" | *Terminated*) echo "$status" ;;
+    *"Exited with exit code "*) grep -oE '[0-9]+$' <<<"$first" ;;
+    *"Out Of Memory"* | *Killed*) echo 137 ;;
+    *) echo 1 ;;
+    esac
 }
 
 # finish STATUS: what comes after the work.
 finish() {
-    local status="$1"
+    local status="$1" errors
     if [[ "$status" == 0 ]]; then
         say "done"
         exit 0
     fi
     if [[ -n "$ENDED_BY_SLURM" ]]; then
-        say "ended by Slurm after the work was saved; if it was queued again, it goes on"
+        say "ended by Slurm (exit code $status); if it is queued again, it goes on from its last checkpoint"
         exit "$status"
     fi
     if [[ "$status" == 143 ]]; then
-        if ((ATTEMPT < KLONG_REQUEUES)); then
-            say "stopped before the time limit, saved; queued again"
-            scontrol requeue "$SLURM_JOB_ID"
-            # Slurm ends this script now.
-            sleep 60
-        fi
-        fail "stopped before the time limit, saved; not queued again after $KLONG_REQUEUES times (KLONG_REQUEUES)"
+        ((ATTEMPT < KLONG_REQUEUES)) ||
+            fail "stopped before the time limit; not queued again after $KLONG_REQUEUES times (KLONG_REQUEUES)"
+        say "stopped before the time limit; queued again, to go on from its checkpoint"
+        scontrol requeue "$SLURM_JOB_ID" || fail "job $SLURM_JOB_ID could not be queued again; submit it again"
+        # Slurm ends this script now.
+        sleep 60
     fi
     echo "failed with exit code $status; of the logs in $ATTEMPT_LOGS:" >&2
-    grep -hE '^(error:|.*Error: |srun: error|slurmstepd: error)' "$ATTEMPT_LOGS"/*.log | sort | uniq -c | sort -rn | head -20 >&2 ||
-        tail -n 20 "$ATTEMPT_LOGS"/*.log >&2
+    errors="$(grep -hE '^(error:|.*Error: |slurmstepd.*: error)' "$ATTEMPT_LOGS"/*.log || true)"
+    if [[ -n "$errors" ]]; then
+        # Every rank says much the same.
+        sort <<<"$errors" | uniq -c | sort -rn | awk 'NR <= 20' >&2
+    else
+        tail -n 20 "$ATTEMPT_LOGS"/*.log >&2 || true
+    fi
     exit "$status"
 }

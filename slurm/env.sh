@@ -3,17 +3,18 @@
 #   KLONG_CONTAINER=pyxis KLONG_IMAGE=/images/klong.sqsh sbatch slurm/sft.sbatch CONFIG
 # No secrets here: W&B reads WANDB_API_KEY from the environment that you submit from, which Slurm passes on.
 
+# Logs of every attempt, on a file system that all nodes see.
+: "${KLONG_LOGS:=$SLURM_SUBMIT_DIR/slurm-logs}"
+
 # How a task finds its software: none (a virtual environment), pyxis (enroot), or apptainer.
 : "${KLONG_CONTAINER:=none}"
 # With none: the environment that `make install` made, on a file system that all nodes see.
 : "${KLONG_VENV:=$KLONG_HOME/.venv}"
 # With pyxis an image or a .sqsh file, with apptainer a .sif file; and what is mounted, SOURCE:TARGET,...
 : "${KLONG_IMAGE:=}"
-: "${KLONG_MOUNTS:=$KLONG_HOME:$KLONG_HOME}"
-
-# Logs of every attempt, on a file system that all nodes see.
-: "${KLONG_LOGS:=$SLURM_SUBMIT_DIR/slurm-logs}"
-# How often a job that was stopped by its time limit or by preemption is queued again.
+# The folders of run.dir and of the data must be among them: what is not mounted is the container's own, and lost.
+: "${KLONG_MOUNTS:=$KLONG_HOME:$KLONG_HOME,$KLONG_LOGS:$KLONG_LOGS}"
+# How often a job that ended before its time limit is queued again by its script (not by Slurm's own doing).
 : "${KLONG_REQUEUES:=50}"
 # How often rl.sbatch starts a role again that has died.
 : "${KLONG_RESTARTS:=5}"

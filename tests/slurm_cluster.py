@@ -35,7 +35,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_min_interval=0
-SlurmdTimeout=10
+SlurmdTimeout=4
 KillWait=30
 ReturnToService=2
 MpiDefault=none
@@ -86,7 +86,15 @@ class SlurmCluster:
 
     def kill_node(self, name: str) -> None:
         """End a node's daemon, as if the node were lost."""
-        self.processes.pop(name).kill()
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def start_node(self, name: str) -> None:
+        """Start a node's daemon."""
+        spool = self.root / f"spool-{name}"
+        spool.mkdir(exist_ok=True)
+        _start(self, name, ["slurmd", "-D", "-N", name])
 
 
 def missing() -> str | None:
@@ -119,8 +127,7 @@ def slurm_cluster(root: Path, nodes: int = 4) -> Iterator[SlurmCluster]:
         _start_munge(cluster)
         _start(cluster, "slurmctld", ["slurmctld", "-D"])
         for number in range(1, nodes + 1):
-            (root / f"spool-n{number}").mkdir()
-            _start(cluster, f"n{number}", ["slurmd", "-D", "-N", f"n{number}"])
+            cluster.start_node(f"n{number}")
         _until_idle(cluster, nodes)
         yield cluster
     finally:

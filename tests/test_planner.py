@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from megatron_klong.cli import app
-from megatron_klong.config import ModelConfig, ParallelConfig, preset_file, preset_names
+from megatron_klong.config import ModelConfig, ParallelConfig, RlConfig, SftConfig, preset_file, preset_names
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
 from megatron_klong.model.parameters import parameter_counts, stage_parameters
@@ -193,6 +193,36 @@ def test_settings_are_those_of_a_run(tmp_path: Path) -> None:
     assert shown.startswith(
         f"TP{parallel.tensor} CP{parallel.context} PP{parallel.pipeline} EP{parallel.expert}"
     )
+
+
+def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``more`` in the place of those in ``base``."""
+    both = dict(base)
+    for key, value in more.items():
+        both[key] = merged(both[key], value) if isinstance(both.get(key), dict) else value
+    return both
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "example"), [("sft", SftConfig, "sft.yaml"), ("rl", RlConfig, "rl.yaml")]
+)
+def test_settings_fit_a_config(
+    tmp_path: Path, task: str, kind: type[SftConfig | RlConfig], example: str
+) -> None:
+    """Merged into a config of the task, they are what the planner has said."""
+    out = tmp_path / "layout.yaml"
+    asked = ("--model", QWEN_30B, "--gpus", "48", "--seq", "32768", "--task", task, "--out", str(out))
+    result = plan(*asked)
+    assert result.exit_code == 0, result.output
+    base = yaml.safe_load((ROOT / "examples" / "quickstart" / example).read_text())
+    for key in ("preset", "hf_config"):
+        base["model"].pop(key, None)
+    for key in ("tensor", "pipeline", "expert"):
+        base["parallel"].pop(key, None)
+    if task == "rl":
+        base["server"]["dtype"] = "bfloat16"
+    config = kind.model_validate(merged(base, yaml.safe_load(out.read_text())))
+    assert config.model.preset == QWEN_30B and config.parallel.tensor * config.parallel.expert > 1
 
 
 def test_servers_of_a_reinforcement_learning_run() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.interruptions import Comparison, compare
@@ -77,7 +77,7 @@ def steps(run: Path) -> int:
 def undisturbed(domain_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that others are compared with, by `klong sft` on its own ranks."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    sft(domain_store, run, "data.phases.train.steps=8")
+    sft(domain_store, run, "data.phases.train.steps=16")
     return run
 
 
@@ -89,7 +89,7 @@ def test_a_run_goes_on_after_preemption_with_the_same_losses(
     time limit; a node's daemon killed."""
     run = tmp_path / "run"
     job = cluster.submit(
-        *TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, "data.phases.train.steps=8")
+        *TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, "data.phases.train.steps=16")
     )
     until(lambda: steps(run) >= 2)
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).stdout.split()
@@ -103,15 +103,16 @@ def test_a_run_goes_on_after_preemption_with_the_same_losses(
         cluster, job
     )
     assert cluster.field(job, "Restarts") == "1"
-    assert compare(undisturbed, run) == Comparison(steps=8, different=(), repeated=())
+    assert compare(undisturbed, run) == Comparison(steps=16, different=(), repeated=())
     assert losses(run) == losses(undisturbed)
     said = output(cluster, job)
     assert "attempt 0" in said and "attempt 1" in said and said.rstrip().endswith("done")
     logs = cluster.root / "logs" / f"klong-sft-{job}"
     assert sorted(folder.name for folder in logs.iterdir()) == ["attempt-0", "attempt-1"]
-    if way == "signal":
-        assert "stopped before the time limit, saved; queued again" in said
-        assert "resumed from step_" in (logs / "attempt-1" / "rank-0.log").read_text()
+    assert "resumed from step_" in (logs / "attempt-1" / "rank-0.log").read_text()
+    assert (way == "signal") == ("stopped before the time limit; queued again" in said)
+    if way == "lost node":
+        cluster.start_node(nodes[1])
 
 
 def failed(cluster: SlurmCluster, job: str) -> str:
@@ -141,13 +142,13 @@ def test_a_layout_that_does_not_divide_the_tasks(
 def test_two_jobs_in_one_run_directory(cluster: SlurmCluster, domain_store: Path, tmp_path: Path) -> None:
     """The second is refused, and the first is not disturbed."""
     run = tmp_path / "run"
-    ours = settings(domain_store, run, "data.phases.train.steps=8")
+    ours = settings(domain_store, run, "data.phases.train.steps=16")
     first = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
     until(lambda: steps(run) >= 1)
     second = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
-    assert "is in use by another process" in failed(cluster, second)
+    assert "another process is running in it" in failed(cluster, second)
     assert cluster.wait(first, "COMPLETED", "FAILED") == "COMPLETED"
-    assert steps(run) == 8
+    assert steps(run) == 16
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_two_jobs_in_one_run_directory(cluster: SlurmCluster, domain_store: Path
         ({"KLONG_VENV": "/nowhere"}, "KLONG_VENV=/nowhere has no bin/klong"),
         ({"KLONG_LOGS": "/proc/logs"}, "KLONG_LOGS=/proc/logs cannot be written"),
         ({"KLONG_TMP_GIB": "999999"}, "GiB free, less than KLONG_TMP_GIB=999999"),
-        ({"KLONG_HOME": "/nowhere"}, "/nowhere/slurm/common.sh: No such file"),
+        ({"KLONG_HOME": "/nowhere"}, "no slurm/common.sh in /nowhere; submit from the checkout's top"),
     ],
 )  # fmt: skip
 def test_a_site_that_is_set_up_wrong(
@@ -224,23 +225,26 @@ def test_conversion_on_a_node(cluster: SlurmCluster, undisturbed: Path, domain: 
 
 
 def test_three_roles_of_reinforcement_learning(
-    cluster: SlurmCluster,
-    inputs: Path,
-    tmp_path: Path,
+    cluster: SlurmCluster, rl_inputs: Path, tmp_path: Path
 ) -> None:
     """A heterogeneous job; the server's task is killed on the way and started again."""
     config = write_config(tmp_path, rl_inputs)
+    one = ("--nodes=1", *CPU)
     job = cluster.submit(
-        *CPU, ":", "--nodes=1", "--ntasks-per-node=2", *CPU, ":", "--nodes=1", *CPU,
-        *place(tmp_path), RL, config,
+        *place(tmp_path), *one, ":", "--ntasks-per-node=2", *one, ":", *one, RL, config
     )  # fmt: skip
     run = tmp_path / "run"
     until(lambda: list(run.glob("exchange/done-*")) or "FAILED" in cluster.field(job, "JobState"), 300)
-    killed = subprocess.run(["pkill", "-KILL", "-f", f"rl server {config}"], check=False)
-    assert killed.returncode == 0, output(cluster, job)
+    servers = [
+        process for process in psutil.process_iter(["cmdline"])
+        if {"rl", "server", str(config), "--number"} <= set(process.info["cmdline"] or ())
+        and "megatron_klong" not in str(process.parent()) and process.name() != "srun"
+        and process.info["cmdline"][0] != "bash"
+    ]  # fmt: skip
+    assert len(servers) == 1, output(cluster, job)
+    servers[0].kill()
     state = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=500)
     said = output(cluster, job)
     assert state == "COMPLETED", said
     assert "server ended with exit code 137; started again" in said and "orchestrator is done" in said
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["iterations"] == 3
+    assert len(json.loads((run / "summary.json").read_text())["iterations"]) == 3

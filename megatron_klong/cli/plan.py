@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from megatron_klong.model.parameters import ParameterCounts, parameter_counts
 from megatron_klong.planner.memory import RankMemory
 from megatron_klong.planner.search import LayoutPlan, Plan, Question, search
 from megatron_klong.planner.serving import Serving, plan_serving
+from megatron_klong.planner.speed import H100
 
 _GB = 1e9
 _USABLE = 0.99
@@ -29,8 +30,10 @@ def plan(
         float, typer.Option(min=1, help="Memory of a device, GiB; the driver keeps 1%.")
     ] = 80.0,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a global batch. Default: 64, or --gpus.")
+        int | None,
+        typer.Option(min=1, help="Rows of a global batch. Default: 64, or what GPUs divide."),
     ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
     task: Annotated[
         str, typer.Option(help="`sft`: all devices train; `rl`: some serve the model to rollouts.")
     ] = "sft",
@@ -59,13 +62,16 @@ def plan(
     shape = {"preset": model} if model in preset_names() else {"hf_config": str(file)}
     settings = ModelConfig.model_validate({**shape, "prediction": "train" if prediction else "leave"})
     device_bytes = round(gpu_memory * 2**30 * _USABLE)
-    question = Question(hf, settings, training, device_bytes, seq, rows or max(64, training))
+    question = Question(
+        hf, settings, training, device_bytes, seq, rows or -(-64 // training) * training,
+        hardware=replace(H100, node=gpus_per_node),
+    )  # fmt: skip
     found, counts = search(question), parameter_counts(hf)
-    servers = plan_serving(hf, gpus - training, device_bytes, seq) if task == "rl" else None
+    servers = plan_serving(hf, gpus - training, gpus_per_node, device_bytes, seq) if task == "rl" else None
     if out is not None:
         if not found.fitting:
             raise ValueError(f"--out {out}: no layout fits, so there is nothing to write")
-        out.write_text(settings_text(shape, found.fitting[0], question), encoding="utf-8")
+        out.write_text(settings_text(shape, found.fitting[0], question, servers), encoding="utf-8")
     if as_json:
         print_json(_answer(counts, question, found, servers, show))
     else:
@@ -73,7 +79,10 @@ def plan(
         if task == "rl":
             _print_serving(servers, gpus - training, question)
         if found.fitting:
-            print(f"\nsettings of the first:\n{settings_text(shape, found.fitting[0], question)}", end="")
+            print(
+                f"\nsettings of the first:\n{settings_text(shape, found.fitting[0], question, servers)}",
+                end="",
+            )
     if not found.fitting or (task == "rl" and servers is None):
         raise typer.Exit(1)
 
@@ -118,7 +127,7 @@ class _Answer:
     parameters_active: int
     parameters_prediction: int
     device_bytes: int
-    rows: int
+    rows: int | None
     row_tokens: int
     layouts: tuple[_Layout, ...]
     not_fitting: tuple[_Layout, ...]
@@ -148,7 +157,7 @@ def _answer(
 def _print(model: str, counts: ParameterCounts, question: Question, found: Plan, show: int) -> None:
     print(
         f"{model}: {counts.total:,} parameters, {counts.active:,} active; {question.ranks} devices of "
-        f"{question.device_bytes / _GB:.1f} GB, {question.rows} rows of {question.row_tokens:,} tokens"
+        f"{question.device_bytes / _GB:.1f} GB train, {question.rows} rows of {question.row_tokens:,} tokens"
     )
     kinds = [field.name for field in fields(RankMemory)]
     if found.fitting:
@@ -156,7 +165,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
         short = {"optimizer": "optim", "activations": "activ", "temporary": "temp", "communication": "comm"}
         heads = [short.get(kind, kind)[:7] for kind in kinds]
         print(
-            f"{'layout':<26} {'recompute':<12}"
+            f"{'layout':<26} {'recompute':<28}"
             + "".join(f"{head:>8}" for head in heads)
             + "   total  tok/s/GPU"
         )
@@ -165,7 +174,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
             numbers = "".join(f"{getattr(memory, kind) / _GB:8.1f}" for kind in kinds)
             speed = each.tokens_per_second / question.ranks
             print(
-                f"{_short(each, question.ranks):<26} {_recompute(each.recompute):<12}{numbers}"
+                f"{_short(each, question.ranks):<26} {_recompute(each.recompute):<28}{numbers}"
                 f"{memory.total / _GB:8.1f}{speed:11,.0f}"
             )
     else:
@@ -198,11 +207,14 @@ def _short(each: LayoutPlan, ranks: int) -> str:
 
 
 def _recompute(recompute: Recompute) -> str:
-    return recompute if isinstance(recompute, str) else "+".join(module[:4] for module in recompute)[:11]
+    return recompute if isinstance(recompute, str) else "+".join(recompute)
 
 
-def settings_text(shape: dict[str, str], best: LayoutPlan, question: Question) -> str:
-    """YAML to merge into a run's config."""
+def settings_text(
+    shape: dict[str, str], best: LayoutPlan, question: Question, servers: Serving | None
+) -> str:
+    """YAML to merge into the config of a supervised run or, where there are servers, of a reinforcement
+    learning run."""
     import yaml
 
     parallel = best.parallel
@@ -212,7 +224,22 @@ def settings_text(shape: dict[str, str], best: LayoutPlan, question: Question) -
                   "prediction": question.model.prediction},
         "parallel": {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline,
                      "expert": parallel.expert},
-        "data": {"row_tokens": question.row_tokens},
-        "training": {"global_batch_rows": question.rows},
+        **(_sft_rows(question) if servers is None else _rl_rows(question, servers)),
     }  # fmt: skip
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _sft_rows(question: Question) -> dict[str, dict[str, int]]:
+    assert question.rows is not None
+    return {
+        "data": {"row_tokens": question.row_tokens},
+        "training": {"global_batch_rows": question.rows},
+    }
+
+
+def _rl_rows(question: Question, servers: Serving) -> dict[str, object]:
+    return {
+        "trainer": {"row_tokens": question.row_tokens},
+        "server": {"max_model_len": question.row_tokens, "tensor_parallel": servers.tensor_parallel},
+        "servers": servers.servers,
+    }

@@ -169,7 +169,9 @@ class Activations:
         if moe.shared_width and "shared_experts" not in modules:
             shared = self._gated(tokens.own, moe.shared_width // self.parallel.tensor)
         received = self.size * tokens.routed * self.hf.hidden_size + _WIDE * tokens.routed
-        return shared + self._router(moe) + received + self._gated(tokens.routed, moe.width)
+        # Transformer Engine's experts weigh in a step of their own, and keep what they weigh once more.
+        copies = self.size * tokens.routed * moe.width if self.kernels == "transformer-engine" else 0
+        return shared + self._router(moe) + received + self._gated(tokens.routed, moe.width) + copies
 
     def _router(self, moe: MoeConfig) -> int:
         """Scores, and which experts were chosen, as ids, as a map, and as places."""

@@ -30,7 +30,7 @@ class Question:
         ranks: devices.
         device_bytes: memory of each.
         row_tokens: of a row, the longest sequence.
-        rows: of a global batch.
+        rows: of a global batch; None for as many as fill the pipeline of whichever layout.
         kernels: whose layers.
         imbalance: tokens that the busiest rank's experts receive, over the average.
         overheads: beside the tensors.
@@ -42,7 +42,7 @@ class Question:
     ranks: int
     device_bytes: int
     row_tokens: int
-    rows: int
+    rows: int | None
     kernels: Kernels = "transformer-engine"
     imbalance: float = 1.2
     overheads: Overheads = OVERHEADS
@@ -108,7 +108,8 @@ def plan_layout(
     question: Question, parallel: ParallelConfig, recomputes: tuple[Recompute, ...] = RECOMPUTES
 ) -> LayoutPlan:
     """Try each recomputation in turn until one fits. The layout must be possible."""
-    micro_batches = question.rows // parallel.data(question.ranks)
+    data = parallel.data(question.ranks)
+    micro_batches = parallel.pipeline if question.rows is None else question.rows // data
     for recompute in recomputes:
         model = question.model.model_copy(update={"recompute": recompute})
         memory = MemoryModel(
@@ -125,7 +126,7 @@ def plan_layout(
     return LayoutPlan(
         parallel, recompute, micro_batches, memory, fits,
         None if fits else _too_large(memory, recompute, question.device_bytes),
-        time, question.rows * question.row_tokens / time.total,
+        time, data * micro_batches * question.row_tokens / time.total,
     )  # fmt: skip
 
 
@@ -147,8 +148,8 @@ def _impossible(question: Question, parallel: ParallelConfig) -> str | None:
     data = parallel.data(question.ranks)
     if parallel.tensor > question.hardware.node:
         return f"tensor parallelism over more than the {question.hardware.node} devices of a node"
-    if question.rows % data:
-        return f"more data-parallel ranks than divide the {question.rows} rows of a batch"
+    if question.rows is not None and question.rows % data:
+        return f"the {question.rows} rows of a batch are no multiple of the data-parallel ranks"
     if question.row_tokens % parallel.row_divisor:
         return f"rows of {question.row_tokens} tokens that its ranks cannot share evenly"
     try:

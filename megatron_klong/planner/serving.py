@@ -34,11 +34,16 @@ class Serving:
     contexts: int
 
 
-def plan_serving(hf: DecoderConfig, gpus: int, device_bytes: int, context_tokens: int) -> Serving | None:
-    """Servers of the fewest GPUs each that hold the weights and one whole context; None if none does."""
+def plan_serving(
+    hf: DecoderConfig, gpus: int, node: int, device_bytes: int, context_tokens: int
+) -> Serving | None:
+    """Servers of the fewest GPUs each that hold the weights and one whole context; None if none does.
+
+    A server is one process, so that its GPUs are of one node.
+    """
     weights = _SIZE * parameter_counts(hf).total
     for ways in (1, 2, 4, 8, 16):
-        if ways > gpus or hf.num_attention_heads % ways:
+        if ways > min(gpus, node) or hf.num_attention_heads % ways:
             continue
         # Heads for keys and values are copied where there are fewer than GPUs.
         copies = max(1, ways // hf.num_key_value_heads)

@@ -80,9 +80,8 @@ def step_time(
     slowest = 0.0
     for number, held in enumerate(stages):
         seconds = sum(_layer_seconds(of, layer, hardware) for layer in held.layers)
-        if number == len(stages) - 1:  # logits of a chunk are made once more in its backward pass
-            head = 2 * tokens.own * hf.hidden_size * hf.vocab_size / parallel.tensor
-            seconds += (2 + _BACKWARD) * head / (hardware.flops * hardware.dense)
+        if number == len(stages) - 1:
+            seconds += _last_seconds(of, hardware)
         slowest = max(slowest, seconds)
     idle = (parallel.pipeline - 1) * slowest
     stage_ranks = ranks // parallel.pipeline
@@ -95,6 +94,17 @@ def step_time(
         synchronising += each * parameters * (1 - 1 / group) / (rate * hardware.sent)
         synchronising += 30 * parameters / group / hardware.memory_rate  # all of its state
     return StepTime((micro_batches * slowest) + idle, idle, synchronising)
+
+
+def _last_seconds(of: Activations, hardware: Hardware) -> float:
+    """The head, whose logits are made once more in the backward pass, and prediction layers with heads of
+    theirs."""
+    hf, dense = of.hf, hardware.flops * hardware.dense
+    predicted = hf.prediction_layers if of.model.prediction == "train" else 0
+    head = 2 * of.tokens.own * hf.hidden_size * hf.vocab_size / of.parallel.tensor
+    joined = 2 * of.tokens.own * 2 * hf.hidden_size**2 / of.parallel.tensor
+    each = _layer_seconds(of, hf.num_hidden_layers, hardware) + (1 + _BACKWARD) * joined / dense
+    return (1 + predicted) * (2 + _BACKWARD) * head / dense + predicted * each
 
 
 def _layer_seconds(of: Activations, layer: int, hardware: Hardware) -> float:

@@ -96,10 +96,10 @@ def check_trainer(config: RlConfig, ranks: int, ranks_here: int) -> None:
         ValueError: names the field and the remedy.
     """
     config.parallel.check(ranks)
+    hf = load_hf_config(config.model.shape)
+    check_layout(hf, config.parallel)
     if config.run.check_memory:
-        # Batches differ in rows; as many as fill the pipeline need most memory.
-        rows = config.parallel.data(ranks) * config.parallel.pipeline
-        check_memory(load_hf_config(config.model.shape), config.trainer_settings, ranks, ranks_here, rows)
+        check_memory(hf, config.trainer_settings, ranks, ranks_here, None)
 
 
 def _check_tasks(root: Path, config: RlConfig, renderer: Renderer, seen: dict[str, Path]) -> str:

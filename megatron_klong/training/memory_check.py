@@ -16,7 +16,7 @@ _CPU_OVERHEADS = Overheads(context=600_000_000, communicator=0, peer=0, fragment
 
 
 def check_memory(
-    hf: DecoderConfig, settings: TrainerSettings, ranks: int, ranks_here: int, rows: int
+    hf: DecoderConfig, settings: TrainerSettings, ranks: int, ranks_here: int, rows: int | None
 ) -> None:
     """Ask the planner whether every rank fits its GPU or, without GPUs, its share of this machine's memory.
 
@@ -25,7 +25,7 @@ def check_memory(
         settings: of the trainer; the layout fits the shape.
         ranks: of the layout.
         ranks_here: of them, on this machine.
-        rows: of a global batch.
+        rows: of a global batch; None where batches differ: then as many as fill the pipeline.
 
     Raises:
         ValueError: it does not; names what needs most, and a layout that would fit.
@@ -43,10 +43,11 @@ def check_memory(
     fitting = search(searched).fitting
     if fitting:
         best, parallel = fitting[0], fitting[0].parallel
+        recompute = best.recompute if isinstance(best.recompute, str) else f"[{','.join(best.recompute)}]"
         remedy = (
             f"use parallel.tensor={parallel.tensor} parallel.context={parallel.context} "
             f"parallel.pipeline={parallel.pipeline} parallel.expert={parallel.expert} "
-            f"model.recompute={best.recompute if isinstance(best.recompute, str) else list(best.recompute)}"
+            f"'model.recompute={recompute}'"
         )
     else:
         remedy = f"no layout of {ranks} ranks fits; `klong plan` says how many would"
