@@ -13,6 +13,10 @@ GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
 """Of a trained parameter: two moments, and of bf16 weights an fp32 copy."""
 
+_WEIGHED_BYTES = {"fp32": 7, "bf16": 11}
+"""Of each number between the two products of an expert, when most of its gradients exist: the product with
+the router's weights is in fp32, and its gradient. As measured; what backward has freed is taken off."""
+
 _WIDE = 4
 _ROW_BYTES = 8 + 8 + 4 + 8 + 1
 """Of a token of the present row: id, label, loss mask, position, padding."""
@@ -153,9 +157,9 @@ class MemoryModel:
 
     def _temporary(self, of: Activations, held: StageParameters, *, is_first: bool, is_last: bool) -> int:
         """Beyond what is kept, in the backward pass from the last layer to the first, which frees it."""
-        norm = (
-            (4 * _WIDE if self.kernels == "torch" else 2 * of.size) * of.tokens.shared * self.hf.hidden_size
-        )
+        # Of the final norm; torch's is made of four steps in fp32.
+        norm = 4 * _WIDE if self.kernels == "torch" else 2 * of.size
+        norm *= of.tokens.shared * self.hf.hidden_size
         most, freed = (norm, of.last_stage()) if is_last else (0, 0)
         for layer in reversed(held.layers):
             recompute = self._recompute(layer, held)
@@ -177,8 +181,7 @@ class MemoryModel:
             return 2 * size * tokens.own * hf.intermediate_size // parallel.tensor
         moe = hf.moe
         assert moe is not None
-        # The product with the router's weights is in fp32, and so is its gradient.
-        weighed = (2 * _WIDE + (size + 1 if size < _WIDE else -1)) * tokens.routed * moe.width
+        weighed = _WEIGHED_BYTES[self.model.precision] * tokens.routed * moe.width
         first_weights = moe.experts // parallel.expert * 2 * moe.width * hf.hidden_size
         multiplied = size * (first_weights + tokens.routed * moe.width)  # what is freed by then taken off
         return max(weighed, multiplied)
