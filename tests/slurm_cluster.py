@@ -106,8 +106,11 @@ def missing() -> str | None:
         return "needs Slurm (slurm-wlm) and munge, or root and apt-get to install them"
     install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "slurm-wlm", "munge"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "update", "-q"], env=environment, capture_output=True, timeout=240)
-    done = subprocess.run(install, env=environment, capture_output=True, text=True, timeout=240)
+    try:
+        subprocess.run(["apt-get", "update", "-q"], env=environment, capture_output=True, timeout=120)
+        done = subprocess.run(install, env=environment, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        return "apt-get gets no answer, and so cannot install slurm-wlm"
     return None if done.returncode == 0 else f"apt-get cannot install slurm-wlm: {done.stderr[-300:]}"
 
 

@@ -170,22 +170,30 @@ def test_a_site_that_is_set_up_wrong(
     assert message in failed(cluster, job)
 
 
-def test_nodes_are_checked_before_the_start(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Two of eight GPUs answer and one of them has errors; a stand-in for nvidia-smi, which is not here."""
+@pytest.mark.parametrize(
+    ("wanted", "errors", "remapped", "reason"),
+    [
+        ("8", "0", "No", "bad n2 1 of 8 GPUs answer"),
+        ("1", "3", "No", "bad n2 GPU 1 has 3 uncorrected memory errors"),
+        ("1", "[N/A]", "Yes", "bad n2 a GPU could not remap rows of its memory"),
+    ],
+)
+def test_nodes_are_checked_before_the_start(
+    cluster: SlurmCluster, tmp_path: Path, wanted: str, errors: str, remapped: str, reason: str
+) -> None:
+    """With a stand-in for nvidia-smi, which is not here: two GPUs on a node, one on the other."""
     tools = tmp_path / "bin"
     tools.mkdir()
     smi = tools / "nvidia-smi"
-    smi.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] && echo "0, 5, 0, 0"\necho "1, 5, 3, 0"\n')
+    smi.write_text(
+        f'#!/bin/sh\ncase "$*" in *remapped-rows*) echo "0000:01, {remapped}"; exit;; esac\n'
+        f'[ "$SLURMD_NODENAME" = n1 ] && echo "0, 5, 0"\necho "1, 5, {errors}"\n'
+    )
     smi.chmod(0o755)
-    path = f"{tools}:{os.environ['PATH']}"
-    for wanted, reason in (
-        ("8", "bad n2 1 of 8 GPUs answer"),
-        ("1", "GPU 1 has 3 uncorrected memory errors"),
-    ):
-        job = cluster.submit(*TWO_NODES, "--nodelist=n[1-2]", *place(tmp_path), SFT, "c.yaml",
-                             PATH=path, SLURM_GPUS_ON_NODE=wanted)  # fmt: skip
-        said = failed(cluster, job)
-        assert reason in said and "submit again with --exclude=n1,n2" in said
+    job = cluster.submit(*TWO_NODES, "--nodelist=n[1-2]", *place(tmp_path), SFT, "c.yaml",
+                         PATH=f"{tools}:{os.environ['PATH']}", SLURM_GPUS_ON_NODE=wanted)  # fmt: skip
+    said = failed(cluster, job)
+    assert reason in said and "submit again with --exclude=n1,n2" in said
 
 
 def test_a_clock_that_is_wrong(cluster: SlurmCluster, tmp_path: Path) -> None:
