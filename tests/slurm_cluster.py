@@ -134,9 +134,10 @@ def slurm_cluster(root: Path, nodes: int = 4) -> Iterator[SlurmCluster]:
         _until_idle(cluster, nodes)
         yield cluster
     finally:
-        subprocess.run(
-            ["scancel", "--user", "root"], env=cluster.environment, capture_output=True, timeout=60
-        )
+        cluster.run("scancel", "--user", "root", check=False)
+        end = time.monotonic() + 40  # tasks have KillWait to end
+        while cluster.run("squeue", "-h", check=False).stdout.strip() and time.monotonic() < end:
+            time.sleep(0.3)
         for process in reversed(list(cluster.processes.values())):
             process.send_signal(signal.SIGTERM)
         for process in cluster.processes.values():
