@@ -247,6 +247,10 @@ def test_servers_of_a_reinforcement_learning_run() -> None:
         (["--model", AIR, "--gpus", "1", "--seq", "8192", "--task", "rl"], "some must serve, and some train"),
         (["--model", QWEN_30B, "--gpus", "8", "--seq", "8192", "--prediction"], "has no prediction layers"),
         (["--model", AIR, "--gpus", "1", "--seq", "8192", "--out", "x.yaml"], "no layout fits"),
+        (
+            ["--model", AIR, "--gpus", "65", "--seq", "8192", "--task", "rl", "--serving", "1", "--out", "x"],
+            "no layout fits",  # the trainer's does, but one device holds no server
+        ),
     ],
 )  # fmt: skip
 def test_bad_questions(given: list[str], message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_klong.cli.shared import AsJson, print_json
-from megatron_klong.config import ModelConfig, Recompute, preset_file, preset_names
+from megatron_klong.config import ModelConfig, Recompute, preset_names
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.parameters import ParameterCounts, parameter_counts
 from megatron_klong.planner.memory import RankMemory
@@ -55,36 +55,40 @@ def plan(
     Example: klong plan --model glm-4.5-air --gpus 64 --seq 131072
     """
     training = gpus - _serving_devices(task, gpus, serving)
-    file = preset_file(model) if model in preset_names() else Path(model)
-    hf = load_hf_config(file)
-    if prediction and not hf.prediction_layers:
-        raise ValueError(f"--prediction: {model} has no prediction layers; leave it out")
-    shape = {"preset": model} if model in preset_names() else {"hf_config": str(file)}
-    settings = ModelConfig.model_validate({**shape, "prediction": "train" if prediction else "leave"})
-    device_bytes = round(gpu_memory * 2**30 * _USABLE)
+    settings = _model(model, prediction=prediction)
+    hf, device_bytes = load_hf_config(settings.shape), round(gpu_memory * 2**30 * _USABLE)
     question = Question(
         hf, settings, training, device_bytes, seq, rows or -(-64 // training) * training,
         hardware=replace(H100, node=gpus_per_node),
     )  # fmt: skip
     found, counts = search(question), parameter_counts(hf)
     servers = plan_serving(hf, gpus - training, gpus_per_node, device_bytes, seq) if task == "rl" else None
+    text = ""
+    if found.fitting and (task == "sft" or servers is not None):
+        text = settings_text(found.fitting[0], question, servers)
     if out is not None:
-        if not found.fitting:
+        if not text:
             raise ValueError(f"--out {out}: no layout fits, so there is nothing to write")
-        out.write_text(settings_text(shape, found.fitting[0], question, servers), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     if as_json:
         print_json(_answer(counts, question, found, servers, show))
     else:
         _print(model, counts, question, found, show)
         if task == "rl":
             _print_serving(servers, gpus - training, question)
-        if found.fitting:
-            print(
-                f"\nsettings of the first:\n{settings_text(shape, found.fitting[0], question, servers)}",
-                end="",
-            )
-    if not found.fitting or (task == "rl" and servers is None):
+        if text:
+            print(f"\nsettings of the first:\n{text}", end="")
+    if not text:
         raise typer.Exit(1)
+
+
+def _model(model: str, *, prediction: bool) -> ModelConfig:
+    """Of a preset's name, or a path."""
+    shape = {"preset": model} if model in preset_names() else {"hf_config": model}
+    settings = ModelConfig.model_validate({**shape, "prediction": "train" if prediction else "leave"})
+    if prediction and not load_hf_config(settings.shape).prediction_layers:
+        raise ValueError(f"--prediction: {model} has no prediction layers; leave it out")
+    return settings
 
 
 def _serving_devices(task: str, gpus: int, serving: int | None) -> int:
@@ -210,15 +214,14 @@ def _recompute(recompute: Recompute) -> str:
     return recompute if isinstance(recompute, str) else "+".join(recompute)
 
 
-def settings_text(
-    shape: dict[str, str], best: LayoutPlan, question: Question, servers: Serving | None
-) -> str:
+def settings_text(best: LayoutPlan, question: Question, servers: Serving | None) -> str:
     """YAML to merge into the config of a supervised run or, where there are servers, of a reinforcement
     learning run."""
     import yaml
 
     parallel = best.parallel
     recompute = best.recompute if isinstance(best.recompute, str) else list(best.recompute)
+    shape = question.model.model_dump(mode="json", include={"preset", "hf_config"}, exclude_none=True)
     values = {
         "model": {**shape, "precision": question.model.precision, "recompute": recompute,
                   "prediction": question.model.prediction},

@@ -1,34 +1,20 @@
-"""What a run would be, found out without one: everything resolved, the model built without memory.
-
-One process plays the ranks one after the other, with process groups that do nothing (torch's ``fake``
-backend, which is of its testing modules) and tensors of shapes without contents (the ``meta`` device).
-"""
+"""What a run would be, found out without one: everything resolved, its parameters counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from megatron.core import parallel_state
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_klong.config import ModelConfig, ParallelConfig, SftConfig
 from megatron_klong.data.curriculum import Curriculum
 from megatron_klong.data.dataset import build_datasets
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.gpt import build_model
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.parameters import ParameterCounts, parameter_counts
+from megatron_klong.model.layout import check_layout
+from megatron_klong.model.parameters import ParameterCounts, parameter_counts, stage_parameters
+from megatron_klong.planner.activations import WEIGHT_BYTES
 from megatron_klong.platform import activate
-from megatron_klong.training.initialize import set_up_layout
 
-_WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 _OPTIMIZER_BYTES = 12
-_MAKERS = frozenset({"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "rand", "randn"})
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ def plan_sft(config: SftConfig) -> SftPlan:
         parameters=parameter_counts(hf),
         layout=config.parallel.described(ranks),
         ranks=ranks,
-        stages=_stages(hf, config, ranks),
+        stages=_stages(hf, config.parallel, ranks),
         sources=tuple(
             SourcePlan(
                 name=name,
@@ -135,7 +121,7 @@ def checkpoint_bytes(hf: DecoderConfig, model: ModelConfig) -> int:
     """
     counts = parameter_counts(hf)
     trained = counts.total + (counts.prediction if model.prediction == "train" else 0)
-    weights = _WEIGHT_BYTES[model.precision] * (counts.total + counts.prediction)
+    weights = WEIGHT_BYTES[model.precision] * (counts.total + counts.prediction)
     bias = 0
     if hf.moe is not None and hf.moe.expert_bias:
         layers = sum(hf.is_moe_layer(n) for n in range(hf.num_hidden_layers + hf.prediction_layers))
@@ -152,35 +138,10 @@ def _most_checkpoints(config: SftConfig, steps: int) -> int:
     return len(for_good | set(last))
 
 
-def _stages(hf: DecoderConfig, config: SftConfig, ranks: int) -> tuple[StagePlan, ...]:
-    found = []
-    for rank in range(0, ranks, ranks // config.parallel.pipeline):
-        with _as_rank(config.parallel, rank, ranks), _OnMeta():
-            model = build_model(hf, config.parallel, config.model, config.data.row_length)
-            found.append(StagePlan(rank, sum(weight.numel() for weight in model.parameters())))
-    return tuple(found)
-
-
-@contextmanager
-def _as_rank(parallel: ParallelConfig, rank: int, ranks: int) -> Iterator[None]:
-    """Megatron's parallel state as it is on one rank of many."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        set_up_layout(parallel, seed=1, gloo_groups=False)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-class _OnMeta(TorchFunctionMode):
-    """New tensors have no memory, wherever Megatron wants them: it names its device, so that
-    ``torch.device("meta")`` alone would not do."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _MAKERS:
-            given["device"] = torch.device("meta")
-        return func(*args, **given)
+def _stages(hf: DecoderConfig, parallel: ParallelConfig, ranks: int) -> tuple[StagePlan, ...]:
+    check_layout(hf, parallel)
+    each = ranks // parallel.pipeline
+    return tuple(
+        StagePlan(number * each, held.decoder.total + held.prediction.total)
+        for number, held in enumerate(stage_parameters(hf, parallel))
+    )
