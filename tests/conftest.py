@@ -1,20 +1,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_klong.data.header import MARKER_TEXT, NOTE_TEXT
 from megatron_klong.factory.generate import generate_domain
-from megatron_klong.platform import quiet_imports
+from megatron_klong.platform import import_megatron
 from megatron_klong.trajectory.formats import FORMATS
 from megatron_klong.trajectory.importing import import_trajectories, read_imported
 from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
 from tests.ranks import RankPool
 
-quiet_imports()
+import_megatron()
 
 # Started by nohup, or in the background of a script, these are ignored, and what we start would inherit that.
 for _number in (signal.SIGINT, signal.SIGHUP):
@@ -25,11 +24,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    """The pool of gloo ranks that all distributed tests share."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+def ranks() -> RankPool:
+    """The gloo ranks of all distributed tests."""
+    return RankPool()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""One pool of gloo ranks for every distributed test, whatever its layout.
+"""Gloo ranks for every distributed test, whatever its layout.
 
-Importing Megatron takes seconds on each rank, so the ranks stay; process groups are made anew for
-every call, over as many of the ranks as the call's world size.
+Importing Megatron takes seconds, so one process imports it, once, and the ranks of a call are forks of
+it. No rank outlives its call: gloo keeps the threads of a process group that is no more, and they poll.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
@@ -20,84 +22,73 @@ import psutil
 from megatron_klong.config import ParallelConfig
 
 CALL_SECONDS = 240
-CALLS = 12
-"""Calls until the ranks are started anew: gloo keeps the threads of a process group that is no more,
-about fifty for each call, and all of them go on polling."""
 
 
 class RankPool:
-    """Processes that run a function as the ranks of a layout."""
+    """Runs a function as the ranks of a layout."""
 
     def __init__(self) -> None:
-        self._ranks: list[tuple[Any, Connection]] = []
-        self._calls = 0
+        self._context = multiprocessing.get_context("forkserver")
+        # With what the tests import themselves (transformers, say), or every rank would import it.
+        users = [name for name, module in sys.modules.items() if "RankPool" in vars(module)]
+        self._context.set_forkserver_preload(["tests.ranks_preload", *users])
 
     def run(
         self, function: Callable[..., Any], parallel: ParallelConfig, world_size: int, /, **arguments: Any
     ) -> list[Any]:
         """Call ``function(platform=..., **arguments)`` on ``world_size`` ranks; their results in order.
 
-        A rank that raises fails the test with its traceback, and the pool starts anew.
+        A rank that raises fails the test with its traceback.
         """
-        if self._calls == CALLS:
-            self.close()
-        self._calls += 1
-        self._start(world_size)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ranks:
             meeting = f"file://{folder}/rendezvous"
-            used = self._ranks[:world_size]
-            for number, (_, pipe) in enumerate(used):
-                pipe.send((function, parallel, meeting, number, world_size, arguments))
-            answers = [pipe.recv() if pipe.poll(CALL_SECONDS) else ("no answer", None) for _, pipe in used]
+            pipes = []
+            for number in range(world_size):
+                ours, theirs = self._context.Pipe()
+                call = (function, parallel, meeting, number, world_size, arguments)
+                process = self._context.Process(target=_serve, args=(theirs, call))
+                process.start()
+                ranks.callback(_end, process)
+                theirs.close()
+                pipes.append(ours)
+            answers = [_answer(pipe) for pipe in pipes]
         failures = [error for error, _ in answers if error]
         if failures:
-            self.close()
             raise AssertionError(min(failures, key=lambda text: "no answer" in text or "Connection" in text))
         return [result for _, result in answers]
 
-    def close(self) -> None:
-        """End all ranks."""
-        for process, pipe in self._ranks:
-            pipe.close()
-            # Megatron's checkpoint writers are children of the rank, and would stay.
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            process.join()
-            for child in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        self._ranks, self._calls = [], 0
 
-    def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        while len(self._ranks) < count:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+def _answer(pipe: Connection) -> tuple[str | None, Any]:
+    try:
+        return pipe.recv() if pipe.poll(CALL_SECONDS) else ("no answer", None)
+    except EOFError:
+        return ("no answer: the rank's process ended", None)
 
 
-def _serve(pipe: Connection) -> None:
+def _end(process: BaseProcess) -> None:
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # Megatron's checkpoint writers are children of the rank, and would stay.
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _serve(pipe: Connection, call: tuple[Any, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
 
-    from megatron_klong.platform import quiet_imports
-
     torch.set_num_threads(1)
-    quiet_imports()
     from megatron_klong.training.initialize import distributed
 
-    while True:
-        try:
-            function, parallel, meeting, rank, world_size, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            with distributed(
-                parallel, seed=1, init_method=meeting, rank=rank, world_size=world_size
-            ) as platform:
-                answer = (None, function(platform=platform, **arguments))
-        except BaseException:
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
+    function, parallel, meeting, rank, world_size, arguments = call
+    try:
+        with distributed(parallel, seed=1, init_method=meeting, rank=rank, world_size=world_size) as platform:
+            answer = (None, function(platform=platform, **arguments))
+    except BaseException:
+        answer = (traceback.format_exc(), None)
+    pipe.send(answer)
+    pipe.recv()  # until the pool ends this rank: at its own exit it would wait for the writers

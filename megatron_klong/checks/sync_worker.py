@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_klong.checks.sync import SyncJob
-from megatron_klong.platform import quiet_imports
+from megatron_klong.platform import import_megatron
 from megatron_klong.training.rank_entry import RankError, run_rank
 
 
 def check(file: Path) -> None:
     """Run the check; numbers that do not agree are a RankError."""
-    quiet_imports()
+    import_megatron()
     from megatron_klong.checks.sync_ranks import DisagreementError, check_on_rank
     from megatron_klong.inference.sync import SyncError
     from megatron_klong.training.initialize import distributed

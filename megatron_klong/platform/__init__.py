@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from megatron_klong.platform.base import Platform
 
-__all__ = ["Platform", "activate", "quiet_imports"]
+__all__ = ["Platform", "activate", "import_megatron", "quiet_imports"]
 
 
 def activate() -> Platform:
@@ -31,3 +32,20 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core on a rank: quietly, and without W&B.
+
+    Megatron imports W&B for logs of its own inference, which is a third of a rank's start and which
+    nothing here uses. A rank that logs to W&B imports it afterwards, as if nothing had been.
+    """
+    quiet_imports()
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # Python's own word for "not installed"
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["wandb"]

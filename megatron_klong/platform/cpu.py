@@ -19,6 +19,8 @@ What is replaced, and why:
   dispatcher hands over tensors.
 * ``te_general_gemm`` of the MoE utilities becomes ``None`` (it is undefined where Transformer
   Engine is absent).
+* ``torch.compile`` gives functions back as they are: Megatron compiles a few of a few lines, which takes
+  a compiler for C++ and seconds on every rank.
 * Transformer Engine's state of FP8, which recomputing norms asks for (``recompute_modules`` with
   ``layernorm``), becomes one that says there is no FP8.
 
@@ -30,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -94,8 +95,8 @@ def install() -> Platform:
     """
     _refuse_unfit()
     if not getattr(torch.cuda, "_klong_cpu", False):
-        # Compiled helpers gain nothing at CPU test sizes and cost minutes of C++ compilation.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Not by the environment: torch reads it when it is imported, which Megatron has done by now.
+        torch.compiler.set_stance("force_eager")
         _replace_devices_and_streams()
         _replace_rng()
         _replace_tensor_methods()

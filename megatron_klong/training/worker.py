@@ -11,9 +11,9 @@ from megatron_klong.training.rank_entry import run_rank
 
 def train(config: SftConfig) -> None:
     """Join the process group as torchrun's environment says and run the loop."""
-    from megatron_klong.platform import quiet_imports
+    from megatron_klong.platform import import_megatron
 
-    quiet_imports()
+    import_megatron()
     from megatron_klong.training.initialize import distributed
     from megatron_klong.training.sft import run_sft
 
