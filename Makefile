@@ -6,7 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all check format clean
+LAUNCH_STAMP := $(VENV)-launch/.installed
+
+.PHONY: install launch-env quickstart test test-all check format clean
 
 install: $(STAMP)  ## Make .venv with the right torch and everything else
 
@@ -14,13 +16,20 @@ $(STAMP): pyproject.toml requirements.txt constraints/cpu.txt constraints/gpu.tx
 	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
 	@touch $@
 
+launch-env: $(LAUNCH_STAMP)  ## Make .venv-launch, the environment of `klong launch`: nemo-run, no torch
+
+$(LAUNCH_STAMP): pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-launch
+	@$(VENV)-launch/bin/python -m pip install -q --disable-pip-version-check -e '.[launch]'
+	@touch $@
+
 quickstart: $(STAMP)  ## The whole system, from data to reinforcement learning: about 12 minutes on 2 cores
 	@BIN=$(BIN) examples/quickstart/run.sh
 
-test: $(STAMP)  ## The tests that CI runs
+test: $(STAMP) $(LAUNCH_STAMP)  ## The tests that CI runs
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(STAMP)  ## All tests, the slow ones too
+test-all: $(STAMP) $(LAUNCH_STAMP)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## Lint, format, types, import rules
@@ -34,4 +43,4 @@ format: $(STAMP)  ## Rewrite files as `check` wants them
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-launch runs

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from megatron_klong.trajectory.formats import FORMATS
 from megatron_klong.trajectory.importing import import_trajectories, read_imported
 from megatron_klong.trajectory.tokenizer import save_tokenizer, train_bpe_tokenizer, trajectory_texts
 from tests.ranks import RankPool
+from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
 
 import_megatron()
 
@@ -20,13 +23,31 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
 def ranks() -> RankPool:
     """The gloo ranks of all distributed tests."""
     return RankPool()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A Slurm of four nodes, and what this machine makes of the scripts' settings."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    root = tmp_path_factory.mktemp("slurm")
+    with slurm_cluster(root) as found:
+        found.environment |= {
+            "KLONG_HOME": str(ROOT), "KLONG_VENV": sys.prefix, "KLONG_LOGS": str(root / "logs"),
+            # Nodes' names are not in any DNS here.
+            "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "KLONG_SERVER_HOST": "127.0.0.1",
+            "KLONG_SERVER_ADDRESS": "127.0.0.1",
+        }  # fmt: skip
+        yield found
 
 
 @pytest.fixture(scope="session")

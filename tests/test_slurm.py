@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks.interruptions import Comparison, compare
-from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
+from tests.slurm_cluster import SlurmCluster
 from tests.test_rl_run import make_inputs, write_config
 from tests.test_sft import KLONG, ROOT, arguments, losses, metrics, sft
 
@@ -22,22 +21,6 @@ pytestmark = pytest.mark.timeout(600)
 SFT, CONVERT, RL = (ROOT / "slurm" / f"{name}.sbatch" for name in ("sft", "convert", "rl"))
 CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", *CPU)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
-    root = tmp_path_factory.mktemp("slurm")
-    with slurm_cluster(root) as found:
-        found.environment |= {
-            "KLONG_HOME": str(ROOT), "KLONG_VENV": sys.prefix, "KLONG_LOGS": str(root / "logs"),
-            # Nodes' names are not in any DNS here.
-            "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "KLONG_SERVER_HOST": "127.0.0.1",
-            "KLONG_SERVER_ADDRESS": "127.0.0.1",
-        }  # fmt: skip
-        yield found
 
 
 @pytest.fixture(scope="module")

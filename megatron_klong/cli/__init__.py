@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from megatron_klong.cli import checks, convert, data, factory, model, plan, train
+from megatron_klong.cli import checks, convert, data, factory, launch, model, plan, train
 from megatron_klong.inference.wire import ServerError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(convert.app, name="convert")
 app.add_typer(factory.app, name="factory")
-for command in (train.sft, train.rl, plan.plan, checks.sync_check, checks.gpu_check):
+for command in (train.sft, train.rl, plan.plan, launch.launch, checks.sync_check, checks.gpu_check):
     app.command()(command)
 
 

@@ -2,6 +2,14 @@
 
 from megatron_klong.config.base import StrictModel
 from megatron_klong.config.data import DataConfig, MixConfig, PhaseConfig, SourceConfig
+from megatron_klong.config.launch import (
+    DockerLaunchConfig,
+    LaunchConfig,
+    NodesConfig,
+    RolesConfig,
+    SlurmLaunchConfig,
+    StepConfig,
+)
 from megatron_klong.config.load import (
     config_keys,
     dump_config,
@@ -38,10 +46,13 @@ from megatron_klong.config.window import PrefixRule, UntrainablePolicy, WindowCo
 __all__ = [
     "AnomalyConfig",
     "DataConfig",
+    "DockerLaunchConfig",
     "EvaluationConfig",
+    "LaunchConfig",
     "LogConfig",
     "MixConfig",
     "ModelConfig",
+    "NodesConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -49,14 +60,17 @@ __all__ = [
     "PrefixRule",
     "Recompute",
     "RlConfig",
+    "RolesConfig",
     "RolloutConfig",
     "RouterConfig",
     "RunConfig",
     "SandboxConfig",
     "ServerConfig",
     "SftConfig",
+    "SlurmLaunchConfig",
     "SourceConfig",
     "StageConfig",
+    "StepConfig",
     "StrictModel",
     "TasksConfig",
     "TrainerSettings",

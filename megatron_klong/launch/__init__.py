@@ -1,0 +1,8 @@
+"""Experiments of several steps by nemo-run: on this machine, in containers, or on Slurm.
+
+Imports ``config`` alone of ours, and works in an environment without torch (``make launch-env``).
+"""
+
+from megatron_klong.launch.experiment import Launched, dry_run, forget, launch
+
+__all__ = ["Launched", "dry_run", "forget", "launch"]
