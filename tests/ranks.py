@@ -7,6 +7,7 @@ it. No rank outlives its call: gloo keeps the threads of a process group that is
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -82,6 +83,7 @@ def _serve(pipe: Connection, call: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # the modules of all tests, which no collection need look at
     from megatron_klong.training.initialize import distributed
 
     function, parallel, meeting, rank, world_size, arguments = call

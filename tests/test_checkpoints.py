@@ -48,7 +48,8 @@ def config(store: Path, run: Path, parallel: ParallelConfig, *overrides: str) ->
         SftConfig, ROOT / "examples" / "quickstart" / "sft.yaml",
         [
             f"data.sources.replication.store={store}", f"run.dir={run}", "data.validation_fraction=0",
-            "data.phases.train.steps=6", "optimizer.warmup_steps=1", "training.save_every=2", *layout,
+            "data.row_tokens=256", "data.phases.train.steps=6", "optimizer.warmup_steps=1",
+            "training.save_every=2", *layout,
             *overrides,
         ],
     )  # fmt: skip

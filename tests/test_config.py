@@ -31,9 +31,22 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(SftConfig, file) == config
 
 
+def test_a_file_overrides_the_keys_that_it_has(tmp_path: Path) -> None:
+    """In the order of the command line; lists are values, sections are merged."""
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "optimizer: {lr: 5.0e-4}\nmodel: {hf_config: null, preset: tiny-qwen3, recompute: [mlp]}"
+    )
+    config = load_config(SftConfig, EXAMPLE, ["optimizer.lr=1", f"@{other}", "model.recompute=full"])
+    plain = load_config(SftConfig, EXAMPLE)
+    assert (config.optimizer.lr, config.model.preset, config.model.recompute) == (5e-4, "tiny-qwen3", "full")
+    assert config.optimizer.min_lr == plain.optimizer.min_lr and config.data == plain.data
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("@/no.yaml", "config /no.yaml: No such file or directory"),
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ("data.max_tokens=9", "unknown key 'data.max_tokens'; did you mean 'data.window.max_tokens'?"),
         ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),

@@ -28,7 +28,8 @@ def arguments(store: Path, run: Path, *overrides: str) -> list[str]:
     """A run of a few steps of the quickstart's config on the test's data."""
     return [
         *KLONG, "sft", "examples/quickstart/sft.yaml", f"{STORE}={store}", f"run.dir={run}",
-        "data.validation_fraction=0.2", "data.phases.train.steps=4", "training.save_every=2",
+        "data.validation_fraction=0.2", "data.row_tokens=256", "data.phases.train.steps=4",
+        "training.save_every=2",
         "training.eval_every=2", "training.eval_rows=2", "training.global_batch_rows=2",
         "log.every=1", "optimizer.warmup_steps=1", *overrides,
     ]  # fmt: skip

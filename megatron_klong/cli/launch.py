@@ -12,7 +12,9 @@ from megatron_klong.config import LaunchConfig, load_config
 
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML file; see examples/nemo_run/pipeline.yaml.")],
-    overrides: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = [],  # noqa: B006
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="[KEY=VALUE|@FILE]...", help="Override settings.")
+    ] = [],  # noqa: B006
     dry_run: Annotated[
         bool,
         typer.Option(

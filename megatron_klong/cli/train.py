@@ -15,7 +15,9 @@ from megatron_klong.platform.lifetime import die_with_parent
 
 def sft(
     config: Annotated[Path, typer.Argument(help="YAML file; see examples/quickstart/sft.yaml.")],
-    overrides: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = [],  # noqa: B006
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="[KEY=VALUE|@FILE]...", help="Override settings.")
+    ] = [],  # noqa: B006
     nproc: Annotated[int | None, typer.Option(help="Ranks to start here (parallel.nproc).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in run.dir first.")] = False,
     dry_run: Annotated[
@@ -81,7 +83,7 @@ def rl(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="[trainer|server|orchestrator] CONFIG [KEY=VALUE]...",
+            metavar="[trainer|server|orchestrator] CONFIG [KEY=VALUE|@FILE]...",
             help="YAML file, see examples/quickstart/rl.yaml; settings to override.",
         ),
     ],

@@ -14,24 +14,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(model: type[Model], file: Path, overrides: Sequence[str] = ()) -> Model:
-    """Read a YAML file, apply overrides such as ``optimizer.lr=1e-4``, and validate.
+    """Read a YAML file, apply overrides in their order, and validate.
+
+    Args:
+        overrides: ``optimizer.lr=1e-4`` sets a key; ``@other.yaml`` all keys that another file has.
 
     Raises:
         ValueError: one line that names the file or key, the value and the remedy; for an unknown
             key, the nearest valid one.
     """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config {file}: not UTF-8 at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {file}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config {file}: must be a mapping of sections")
+    values = _read(file)
     for override in overrides:
-        _apply(values, override)
+        if override.startswith("@"):
+            _merge(values, _read(Path(override[1:])))
+        else:
+            _apply(values, override)
     return validate_config(model, values, str(file))
 
 
@@ -63,10 +60,33 @@ def config_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
                 yield from config_keys(part, f"{above}{name}.{named}")
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {file}: not UTF-8 at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {file}: must be a mapping of sections")
+    return values
+
+
+def _merge(values: dict[str, Any], others: dict[str, Any]) -> None:
+    for key, other in others.items():
+        mine = values.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            _merge(mine, other)
+        else:
+            values[key] = other
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r}: write it as key=value, such as optimizer.lr=1e-4")
+        raise ValueError(f"override {override!r}: write it as key=value, such as optimizer.lr=1e-4, or @FILE")
     *sections, last = key.split(".")
     place = values
     for section in sections:
