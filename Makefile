@@ -32,11 +32,13 @@ test: $(STAMP) $(LAUNCH_STAMP)  ## The tests that CI runs
 test-all: $(STAMP) $(LAUNCH_STAMP)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## Lint, format, types, import rules
+check: $(STAMP)  ## Lint, format, types, import rules, shell scripts, Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck slurm/*.sh slurm/*.sbatch tools/*.sh examples/*/*.sh .ci/run
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: $(STAMP)  ## Rewrite files as `check` wants them
 	$(BIN)/ruff check --fix .

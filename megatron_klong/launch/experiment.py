@@ -180,8 +180,9 @@ def _executor(config: LaunchConfig, name: str, script: TaskScript) -> Any:
             shm_size=docker.shm_size,
             network=docker.network,
             volumes=[*ours, *docker.mounts],
-            # What it writes belongs to who launches it.
-            additional_kwargs={"user": f"{os.getuid()}:{os.getgid()}"},
+            # What it writes belongs to who launches it, who is nobody in the image and has no home there.
+            additional_kwargs={"user": f"{os.getuid()}:{os.getgid()}", "security_opt": list(docker.security)},
+            env_vars={"HOME": "/tmp"},
             packager=packager,
         )
     slurm = config.slurm
