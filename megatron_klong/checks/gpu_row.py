@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from megatron_klong.inference.agreement import differences, largest
-from megatron_klong.platform import Platform, quiet_imports
+from megatron_klong.platform import Platform, import_megatron
 from megatron_klong.platform.lifetime import die_with_parent
 
 Precision = Literal["fp32", "bf16"]
@@ -32,7 +32,7 @@ def main(name: str, folder: Path) -> str:
     Raises:
         Exception: anything, when the row fails; the last line of the traceback says what.
     """
-    quiet_imports()
+    import_megatron()
     kind, _, which = name.partition("-")
     if kind == "sync":
         return _sync(which, folder)  # type: ignore[arg-type]

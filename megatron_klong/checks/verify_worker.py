@@ -7,17 +7,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_klong.checks.verify import Spoken
 from megatron_klong.config import ModelConfig, ParallelConfig
-from megatron_klong.convert.compare import is_hf_folder
-from megatron_klong.convert.folders import checkpoint_folder
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.platform import quiet_imports
+from megatron_klong.platform import import_megatron
+
+if TYPE_CHECKING:
+    from megatron_klong.checks.verify import Spoken
 
 Model = Callable[[list[int]], Tensor]
 """Token ids to logits, fp32 ``[T, V]``."""
@@ -56,6 +57,8 @@ def by_megatron(checkpoint: Path) -> Model:
 @torch.no_grad()
 def speak(model: Model, by: str, prompt: list[int], count: int) -> Spoken:
     """Logits of the prompt, and greedy tokens after it."""
+    from megatron_klong.checks.verify import Spoken
+
     known = model(prompt).float()
     ids = [*prompt]
     for _ in range(count):
@@ -65,9 +68,11 @@ def speak(model: Model, by: str, prompt: list[int], count: int) -> Spoken:
 
 def main() -> None:
     """See the module."""
+    import_megatron()
+    from megatron_klong.convert.compare import is_hf_folder
+    from megatron_klong.convert.folders import checkpoint_folder
     from megatron_klong.training.initialize import distributed
 
-    quiet_imports()
     folder, prompt, count, out = (
         Path(sys.argv[1]),
         json.loads(sys.argv[2]),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_klong.cli.shared import AsJson, byte_bar, print_json, quiet
+from megatron_klong.cli.shared import AsJson, byte_bar, print_json
+from megatron_klong.platform import import_megatron
 
 if TYPE_CHECKING:
     from megatron_klong.checks.verify import Verification
@@ -33,7 +34,7 @@ def export(
 
     Example: klong convert export runs/quickstart/sft exported --tokenizer runs/quickstart/domain/tokenizer
     """
-    quiet()
+    import_megatron()
     from megatron_klong.convert.exporting import export_checkpoint
 
     with progress("exporting") as on_bytes:
@@ -54,7 +55,7 @@ def import_weights(
 
     Example: klong convert import exported glm-megatron
     """
-    quiet()
+    import_megatron()
     from megatron_klong.convert.importing import import_checkpoint
 
     with progress("importing") as on_bytes:
@@ -80,7 +81,7 @@ def verify_checkpoints(
 
     Example: klong convert verify exported glm-megatron
     """
-    quiet()
+    import_megatron()
     from megatron_klong.checks.verify import verify
 
     ids = _token_ids(prompt) if prompt is not None else None

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_klong.cli.shared import AsJson, print_json, quiet
+from megatron_klong.cli.shared import AsJson, print_json
 from megatron_klong.config import RlConfig, SftConfig, load_config
+from megatron_klong.platform import import_megatron
 from megatron_klong.platform.lifetime import die_with_parent
 
 
@@ -47,7 +48,7 @@ def sft(
 def _show_plan(config: SftConfig, *, as_json: bool) -> None:
     # The CPU stands for every device, also where there are GPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    quiet()
+    import_megatron()
     from megatron_klong.training.dry_run import plan_sft
     from megatron_klong.training.preflight import check_sft
 
