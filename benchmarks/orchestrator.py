@@ -15,6 +15,7 @@ import asyncio
 import json
 import multiprocessing
 import platform
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -73,6 +74,8 @@ class Carried:
     Attributes:
         processes: orchestrators at a time.
         cpu_milliseconds: processor time of an orchestrator for each turn.
+        memory_bytes: that an orchestrator has grown by, for each rollout under way.
+        journal_bytes: on disk, for each rollout; the first prompt is in it once.
     """
 
     load: Load
@@ -81,6 +84,17 @@ class Carried:
     turns_per_second: float
     rollouts_per_second: float
     cpu_milliseconds: float
+    memory_bytes: float
+    journal_bytes: float
+
+
+@dataclass(frozen=True)
+class _Used:
+    """What one orchestrator has used."""
+
+    cpu_seconds: float
+    memory_bytes: int
+    journal_bytes: int
 
 
 class InstantSandboxes:
@@ -148,12 +162,13 @@ def main() -> None:
     )
     print(machine)
     heads = f"{'first prompt':>12}  {'sandboxes':<10} {'processes':>9} {'turns/s':>9} {'rollouts/s':>11}"
-    print(f"{heads} {'CPU ms/turn':>12}")
+    print(f"{heads} {'CPU ms/turn':>12} {'MB/rollout':>11} {'journal kB':>11}")
     for each in found:
         kind = "bubblewrap" if each.load.sandboxes else "none"
         print(
             f"{each.load.context:>12,}  {kind:<10} {each.processes:>9} {each.turns_per_second:>9,.1f} "
-            f"{each.rollouts_per_second:>11,.1f} {each.cpu_milliseconds:>12,.1f}"
+            f"{each.rollouts_per_second:>11,.1f} {each.cpu_milliseconds:>12,.1f} "
+            f"{each.memory_bytes / 1e6:>11,.1f} {each.journal_bytes / 1e3:>11,.1f}"
         )
 
 
@@ -171,13 +186,18 @@ def carry(load: Load, processes: int, domain: Path, folder: Path) -> Carried:
     begin = time.monotonic()
     for _, pipe in started:
         pipe.send("go")
-    cpu = [pipe.recv() for _, pipe in started]
+    used: list[_Used] = [pipe.recv() for _, pipe in started]
     seconds = time.monotonic() - begin
     for process, _ in started:
         process.join()
     rollouts = load.rollouts * processes
     turns = rollouts * load.turns
-    return Carried(load, processes, seconds, turns / seconds, rollouts / seconds, 1e3 * sum(cpu) / turns)
+    return Carried(
+        load, processes, seconds, turns / seconds, rollouts / seconds,
+        1e3 * sum(each.cpu_seconds for each in used) / turns,
+        sum(each.memory_bytes for each in used) / rollouts,
+        sum(each.journal_bytes for each in used) / rollouts,
+    )  # fmt: skip
 
 
 def _orchestrator(pipe: Connection, load: Load, domain: Path, folder: Path) -> None:
@@ -199,7 +219,7 @@ def _orchestrator(pipe: Connection, load: Load, domain: Path, folder: Path) -> N
         for number in range(load.rollouts)
     ]  # fmt: skip
 
-    async def play() -> float:
+    async def play() -> _Used:
         journal = Journal(folder, renderer.opening_ids, ("read_paper",))
         backend = Bubblewrap() if load.sandboxes else InstantSandboxes()
         limits = SandboxConfig(memory_mib=128, processes=16, disk_mib=1)
@@ -207,14 +227,20 @@ def _orchestrator(pipe: Connection, load: Load, domain: Path, folder: Path) -> N
             runner = Ungraded(agent, OneServer(client), backend, limits)  # type: ignore[arg-type]
             pipe.send("ready")
             pipe.recv()
-            before = time.process_time()
+            before, memory = time.process_time(), _peak_bytes()
             await complete_rollouts(plans, runner, journal, concurrent=load.rollouts)
             used = time.process_time() - before
+            memory = _peak_bytes() - memory
         assert [each.turns for each in journal.rollouts("train", 1)] == [load.turns] * load.rollouts
-        return used
+        journal.close()
+        return _Used(used, memory, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
     pipe.send(asyncio.run(play()))
     server.terminate()
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _agent(renderer: Renderer, load: Load, action_tokens: int) -> Agent:
