@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import yaml
 from megatron_klong.config import LaunchConfig, load_config
 from megatron_klong.data.tokenize import tokenize
 from tests.slurm_cluster import SlurmCluster
-from tests.test_rl_run import make_inputs, write_config
-from tests.test_sft import ROOT
+from tests.test_rl_run import commands, make_inputs, write_config
+from tests.test_sft import ROOT, metrics
+from tests.test_slurm import steps, until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -123,9 +125,15 @@ def test_what_needs_a_failed_step_does_not_start(klong: Path, tmp_path: Path) ->
     assert re.search(r"^three  not started$", said, re.M)
     said = launch(klong, file, "steps.two.run=[model, list]")
     assert re.search(r"^one    done before$", said, re.M) and re.search(r"^three  done;", said, re.M)
-    assert re.search(
-        r"^one    done;", launch(klong, file, "--again", "one", "steps.two.run=[model, list]"), re.M
+    # Done again with what needs it; and what comes after a change is no more done than the change.
+    again = launch(klong, file, "--again", "two", "steps.two.run=[model, list]")
+    assert re.findall(r"^(\w+) +done;", again, re.M) == ["two", "three"]
+    changed = launch(
+        klong, file, "steps.one.run=[model, list]", "steps.two.run=[model, show, nothing]", code=1
     )
+    assert re.findall(r"^(\w+) +(done|failed|not started)", changed, re.M) == [
+        ("one", "done"), ("two", "failed"), ("three", "not started")
+    ]  # fmt: skip
 
 
 def test_a_chain_on_slurm(klong: Path, inputs: Path, tmp_path: Path, cluster: SlurmCluster) -> None:
@@ -154,14 +162,64 @@ def test_a_failure_on_slurm(klong: Path, tmp_path: Path, cluster: SlurmCluster) 
     jobs = dict(re.findall(r"^(\w+) +submitted as job (\d+)", said, re.M))
     assert cluster.wait(jobs["bad"], "FAILED", "COMPLETED") == "FAILED"
     assert cluster.field(jobs["bad"], "ExitCode") == "2:0" and cluster.field(jobs["bad"], "Restarts") == "0"
-    assert "DependencyNeverSatisfied" in cluster.field(jobs["next"], "Reason")
-    cluster.run("scancel", jobs["next"])
+    assert cluster.wait(jobs["next"], "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
+
+
+def test_a_stopped_step_goes_on_and_is_not_submitted_twice(
+    klong: Path, inputs: Path, tmp_path: Path, cluster: SlurmCluster
+) -> None:
+    """One of two ranks is told to stop, as all are before the time limit: saved, queued again, done."""
+    sft = chain(tmp_path, inputs)["sft"]
+    sft = {**sft, "after": [], "run": [*sft["run"], "model.weights=null", "data.phases.train.steps=300"]}
+    file = write(tmp_path, {"sft": sft}, executor="slurm")
+    said = launch(klong, file, environment=cluster.environment)
+    (job,) = re.findall(r"^sft +submitted as job (\d+)", said, re.M)
+    until(lambda: steps(tmp_path / "sft") >= 2)
+    assert f"step sft of chain is job {job} (RUNNING)" in launch(
+        klong, file, code=2, environment=cluster.environment
+    )
+    cluster.run("scancel", "--signal=TERM", job)
+    until(lambda: cluster.field(job, "Restarts") == "1" and cluster.field(job, "JobState") == "RUNNING")
+    (output,) = (tmp_path / "state").rglob("sbatch_*.out")
+    assert "stopped before the time limit; queued again" in output.read_text()
+    known = steps(tmp_path / "sft")
+    until(lambda: steps(tmp_path / "sft") > known)  # after its checkpoint, not from the beginning
+    numbers = [line["step"] for line in metrics(tmp_path / "sft") if line["kind"] == "train"]
+    assert numbers == list(range(1, len(numbers) + 1))
+    cluster.run("scancel", job)
+    assert cluster.wait(job, "CANCELLED", "FAILED", "COMPLETED") == "CANCELLED"
+    assert not (tmp_path / "state" / "sft.done").exists()
+
+
+def test_a_launch_that_is_told_to_stop(klong: Path, inputs: Path, tmp_path: Path) -> None:
+    """Ctrl-C: the step saves and ends, what waits for it does not start, and the next launch goes on."""
+    sft = chain(tmp_path, inputs)["sft"]
+    sft = {**sft, "after": [], "run": [*sft["run"], "model.weights=null", "data.phases.train.steps=9999"]}
+    file = write(tmp_path, {"sft": sft, "next": {"run": ["model", "list"], "after": ["sft"]}})
+    command = [str(klong), "launch", str(file)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        until(lambda: steps(tmp_path / "sft") >= 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 1
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text()
+    assert re.search(r"^sft   stopped; logs in ", said, re.M) and re.search(
+        r"^next  not started$", said, re.M
+    )
+    assert list((tmp_path / "sft" / "checkpoints").glob("step_*"))
+    assert not [line for line in commands().values() if str(tmp_path / "sft") in line]
 
 
 def test_sbatch_that_refuses(klong: Path, tmp_path: Path, cluster: SlurmCluster) -> None:
     file = write(tmp_path, {"one": {"run": ["model", "list"]}}, executor="slurm")
     said = launch(klong, file, "slurm.partition=h100", code=2, environment=cluster.environment)
-    assert said.startswith("error: sbatch refused: ") and "invalid partition specified: h100" in said
+    assert (
+        said.startswith("error: sbatch refused one_sbatch.sh, and nothing is submitted: ")
+        and "invalid partition specified: h100" in said
+    )
 
 
 def test_a_dry_run_prints_the_batch_scripts(klong: Path, tmp_path: Path, inputs: Path) -> None:
@@ -172,7 +230,7 @@ def test_a_dry_run_prints_the_batch_scripts(klong: Path, tmp_path: Path, inputs:
     sft, rl = scripts[3], scripts[7]
     assert "#SBATCH --nodes=2" in sft and "#SBATCH --qos=high" in sft and "#SBATCH --signal=TERM@600" in sft
     assert rl.count("#SBATCH hetjob") == 2 and rl.count("srun --het-group=") == 3
-    assert not list((tmp_path / "state").rglob("*.sh"))
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("executor", ["local", "slurm", "docker"])
@@ -192,13 +250,18 @@ def test_the_examples_can_be_launched(klong: Path, tmp_path: Path, file: Path, e
     ("change", "message"),
     [
         ({"executor": "docker"}, "executor=docker needs the section docker:"),
-        ({"steps": {"a": {"run": ["sft"], "after": ["b"]}}}, "steps.a.after: b is no step before it"),
-        ({"steps": {"a": {"run": ["sft", "/x/nemo_run/y"]}}}, "holds '/nemo_run', which nemo-run rewrites"),
+        ({"steps": {"a": {"run": ["model"], "after": ["b"]}}}, "steps.a.after: b is no step before it"),
+        ({"steps": {"a": {"run": ["model", "/x/nemo_run/y"]}}}, "holds '/nemo_run', which nemo-run rewrites"),
         (
-            {"steps": {"a": {"run": ["sft"], "roles": {"trainer": {}, "server": {}}}}},
+            {"steps": {"a": {"run": ["model"], "roles": {"trainer": {}, "server": {}}}}},
             "roles are of `klong rl`",
         ),
-        ({"steps": {"A": {"run": ["sft"]}}}, "steps"),
+        ({"steps": {"A": {"run": ["model"]}}}, "steps.A.[key]='A': String should match pattern"),
+        ({"steps": {"a": {"run": ["rl", "--fresh", "c.yaml"]}}}, "name the config right after 'rl'"),
+        (
+            {"steps": {"a": {"run": ["sft", "c.yaml"], "time": "00:10:00"}}},
+            "steps.a: a time limit of 00:10:00 is over before slurm.signal_seconds=600 are; make it longer",
+        ),
         ({"home": "/nowhere"}, "home=/nowhere is no checkout"),
         ({"venv": "/nowhere"}, "venv=/nowhere: no /nowhere/bin/klong; run make install there"),
     ],

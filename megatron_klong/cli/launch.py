@@ -11,7 +11,7 @@ from megatron_klong.config import LaunchConfig, load_config
 
 
 def launch(
-    config: Annotated[Path, typer.Argument(help="YAML file; see examples/nemo_run/pipeline.yaml.")],
+    config: Annotated[Path, typer.Argument(help="YAML file; see examples/nemo_run/quickstart.yaml.")],
     overrides: Annotated[
         list[str], typer.Argument(metavar="[KEY=VALUE|@FILE]...", help="Override settings.")
     ] = [],  # noqa: B006
@@ -32,7 +32,7 @@ def launch(
     and those that were cut off go on from their checkpoints. nemo-run has an environment of its own: make
     launch-env.
 
-    Example: .venv-launch/bin/klong launch examples/nemo_run/pipeline.yaml executor=slurm --dry-run
+    Example: .venv-launch/bin/klong launch examples/nemo_run/glm45_air.yaml --dry-run
     """
     from megatron_klong.launch import dry_run as scripts_of
     from megatron_klong.launch import forget, launch
@@ -50,5 +50,5 @@ def launch(
         more += f" with exit code {step.exit_code}" if step.exit_code is not None else ""
         more += "" if step.state in ("done before", "not started") else f"; logs in {step.folder}"
         print(f"{step.name:<{width}}  {step.state}{more}")
-    if any(step.state in ("failed", "stopped", "not started") for step in ended):
+    if not all(step.well for step in ended):
         raise typer.Exit(1)

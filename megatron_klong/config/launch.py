@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 
 from megatron_klong.config.base import StrictModel
 
-_NAME = r"[a-z][a-z0-9-]*"
-Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+Duration = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
+"""As Slurm writes it: ``24:00:00``, or ``7-00:00:00`` for a week."""
 
 
 class NodesConfig(StrictModel):
@@ -23,13 +24,16 @@ class NodesConfig(StrictModel):
     """Tasks of a node: one for each GPU where the step trains."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of a node."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPUs of a task. Default: ``slurm.cpus_per_task``."""
 
 
 class RolesConfig(StrictModel):
     """What the roles of reinforcement learning take on Slurm, where they are on different nodes."""
 
     server: NodesConfig
-    """Each task is a server: ``servers`` of the run's config becomes their number."""
+    """Each task is a server: ``servers`` of the run's config becomes their number. Those of one node share
+    its GPUs out, ``server.tensor_parallel`` to each."""
     trainer: NodesConfig
     orchestrator: NodesConfig = NodesConfig()
 
@@ -45,13 +49,24 @@ class StepConfig(StrictModel):
     """On Slurm. Elsewhere ``klong`` starts its own ranks on the one machine."""
     roles: RolesConfig | None = None
     """On Slurm, for ``klong rl`` on several nodes, in place of ``nodes``."""
-    time: str | None = None
+    time: Duration | None = None
     """On Slurm, the time limit, where it is not that of ``slurm.time``."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it saves when it is told to stop, and goes on from there."""
+        return self.run[0] in ("sft", "rl")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> StepConfig:
         if self.roles is not None and self.run[0] != "rl":
             raise ValueError(f"roles are of `klong rl`, not of `klong {self.run[0]}`; say nodes instead")
+        if self.run[0] in ("sft", "rl") and (len(self.run) < 2 or self.run[1].startswith("-")):
+            raise ValueError(
+                f"run: name the config right after {self.run[0]!r}, before overrides and options"
+            )
+        if self.roles is not None and any(word.startswith("-") for word in self.run):
+            raise ValueError("run: with roles there are no options, only overrides (key=value)")
         for argument in self.run:
             if "/nemo_run" in argument:
                 raise ValueError(f"run: {argument!r} holds '/nemo_run', which nemo-run rewrites; rename it")
@@ -64,21 +79,22 @@ class SlurmLaunchConfig(StrictModel):
     account: str
     """Who pays; nemo-run wants one."""
     partition: str | None = None
-    time: str = "24:00:00"
+    time: Duration = "24:00:00"
     cpus_per_task: int = Field(default=12, ge=1)
-    """Of every task of every step."""
+    """Of every task of every step that does not say its own."""
     exclusive: bool = True
     """Whole nodes."""
     signal_seconds: int = Field(default=600, ge=0)
-    """So long before the time limit a step is told to save and end; it is queued again."""
+    """So long before the time limit `klong sft` and `klong rl` are told to save and end, and queued again."""
     requeues: int = Field(default=50, ge=0)
-    """How often a step that ended before its time limit is queued again."""
+    """How often."""
     image: str | None = None
     """A container for pyxis; none: ``venv``."""
     mounts: tuple[str, ...] = ()
     """SOURCE:TARGET, beside ``home`` and ``state``."""
     environment: dict[str, str] = {}
-    """Set in the batch script, in clear: no secrets. What you submit with is passed on by Slurm."""
+    """Set in the batch script, in clear: no secrets. What you submit with is passed on by Slurm; into a
+    container go these, WANDB_API_KEY, and what NCCL reads."""
     options: dict[str, str] = {}
     """More options of sbatch, such as ``qos`` or ``reservation``."""
 
@@ -95,8 +111,8 @@ class DockerLaunchConfig(StrictModel):
     shm_size: str = "32g"
     """Shared memory, which NCCL and data workers use."""
     network: str = "host"
-    security: tuple[str, ...] = ()
-    """Docker's ``--security-opt``; sandboxes need the three in docker/README.md."""
+    privileged: bool = False
+    """Sandboxes need it (docker/README.md); training alone does not."""
 
 
 class LaunchConfig(StrictModel):
@@ -128,6 +144,13 @@ class LaunchConfig(StrictModel):
     def _fields_agree(self) -> LaunchConfig:
         if self.executor != "local" and getattr(self, self.executor) is None:
             raise ValueError(f"executor={self.executor} needs the section {self.executor}:")
+        for name, step in self.steps.items():
+            limit = step.time or (self.slurm.time if self.slurm else None)
+            if self.slurm and limit and step.resumes and _seconds(limit) <= self.slurm.signal_seconds:
+                raise ValueError(
+                    f"steps.{name}: a time limit of {limit} is over before slurm.signal_seconds="
+                    f"{self.slurm.signal_seconds} are; make it longer"
+                )
         earlier: set[str] = set()
         for name, step in self.steps.items():
             if not set(step.after) <= earlier:
@@ -138,3 +161,9 @@ class LaunchConfig(StrictModel):
             if re.search(r"/nemo_run", str(path.absolute())):
                 raise ValueError(f"{field}={path} holds '/nemo_run', which nemo-run rewrites; choose another")
         return self
+
+
+def _seconds(duration: str) -> int:
+    days, _, time = duration.rpartition("-")
+    hours, minutes, seconds = map(int, time.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_klong.config import LaunchConfig
-from megatron_klong.launch.scripts import (
-    TaskScript,
-    batch_setup,
-    done_file,
-    failed_file,
-    is_done,
-    step_scripts,
-)
+from megatron_klong.launch.executors import executor
+from megatron_klong.launch.jobs import cancel, check_no_live_jobs, remember
+from megatron_klong.launch.scripts import done_file, is_done, outcome_folder, step_scripts
+from megatron_klong.launch.stopping import stopping
 
 SUPPORTED_NEMO_RUN = "0.11."
 """Prefix of the versions whose treatment of scripts, states and dependencies this was written for."""
@@ -30,9 +29,9 @@ class Launched:
 
     Attributes:
         name: the step's.
-        state: ``done``, ``done before``, ``failed``, ``not started``, or on Slurm ``submitted``.
-        job: the job's number on Slurm.
+        state: ``done``, ``done before``, ``failed``, ``stopped``, ``not started``, or on Slurm ``submitted``.
         folder: where its logs are.
+        job: the job's number on Slurm.
         exit_code: of a failed step, where it is known.
     """
 
@@ -42,6 +41,11 @@ class Launched:
     job: str | None = None
     exit_code: int | None = None
 
+    @property
+    def well(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.state in ("done", "done before", "submitted")
+
 
 def dry_run(config: LaunchConfig) -> dict[str, str]:
     """What each step would run, by its name: on Slurm the batch script, elsewhere the task's script.
@@ -50,49 +54,86 @@ def dry_run(config: LaunchConfig) -> dict[str, str]:
     """
     if config.executor != "slurm":
         return {name: step_scripts(config, name)[0].text for name in config.steps}
-    with _experiment(config) as experiment:
+    with tempfile.TemporaryDirectory() as folder, _experiment(config, Path(folder), "dry") as experiment:
         for name in config.steps:
-            _add(experiment, config, name)
-        folder = Path(experiment._exp_dir)
-        try:
-            experiment.dryrun(log=False, delete_exp_dir=False)
-            batch = {name: next(folder.glob(f"{name}*_sbatch.sh")).read_text() for name in config.steps}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return batch
+            _add(experiment, config, name, list(config.steps))
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        written = Path(experiment._exp_dir)
+        return {name: (written / f"{name}_sbatch.sh").read_text() for name in config.steps}
 
 
 def launch(config: LaunchConfig) -> list[Launched]:
     """Run the steps in their order; on Slurm, submit them with their dependencies.
 
-    Blocks until all have ended, but not on Slurm. Steps that are done already are left out.
+    Blocks until all have ended, but not on Slurm; told to stop meanwhile (SIGINT, SIGTERM, SIGHUP), it tells
+    the step that runs, and waits until that has saved. Steps that are done already are left out.
 
     Raises:
-        ValueError: the executor cannot be had here.
+        ValueError: the executor cannot be had here, jobs of an earlier launch are still there, or what was
+            submitted was refused.
     """
     _check_executor(config)
     config.state.mkdir(parents=True, exist_ok=True)
+    if config.executor == "slurm":
+        check_no_live_jobs(config)
     todo = [name for name in config.steps if not is_done(config, name)]
     for name in todo:
-        failed_file(config, name).unlink(missing_ok=True)
-    with _experiment(config) as experiment:
+        done_file(config, name).unlink(missing_ok=True)
+        shutil.rmtree(outcome_folder(config, name), ignore_errors=True)
+        outcome_folder(config, name).mkdir()
+    number = f"{config.name}_{time.time_ns()}"
+    with (
+        contextlib.nullcontext() if config.executor == "slurm" else stopping(number),
+        _experiment(config, config.state.absolute(), number) as experiment,
+    ):
         for name in todo:
-            _add(experiment, config, name, among=todo)
+            _add(experiment, config, name, todo)
         if todo:
-            _run(experiment, on_slurm=config.executor == "slurm")
+            _run(experiment, config)
         jobs = {job.id: job for job in experiment.jobs}
     # Jobs that wait for nothing have ended only now.
     return [_launched(config, name, jobs.get(name)) for name in config.steps]
 
 
-def _run(experiment: Any, *, on_slurm: bool) -> None:
+def forget(config: LaunchConfig, steps: list[str]) -> None:
+    """Forget that steps are done, and those that need them, so that they are done again.
+
+    Raises:
+        ValueError: no such step.
+    """
+    for name in steps:
+        if name not in config.steps:
+            raise ValueError(f"--again {name}: no such step; there are {', '.join(config.steps)}")
+    again = set(steps)
+    for name, step in config.steps.items():  # those that are needed come first
+        if name in again or again & set(step.after):
+            again.add(name)
+            done_file(config, name).unlink(missing_ok=True)
+
+
+def _run(experiment: Any, config: LaunchConfig) -> None:
     from invoke.exceptions import UnexpectedExit
 
+    if config.executor != "slurm":
+        experiment.run(tail_logs=True)
+        return
     try:
-        experiment.run(detach=on_slurm, tail_logs=not on_slurm)
+        experiment.run(detach=True)
     except UnexpectedExit as error:  # of sbatch
+        cancel([number for job in experiment.jobs if (number := _job_number(job))])
         said = " / ".join(line.strip() for line in error.result.stderr.splitlines() if line.strip())
-        raise ValueError(f"{error.result.command.split()[0]} refused: {said}") from error
+        command, *_, script = error.result.command.split()
+        raise ValueError(
+            f"{command} refused {Path(script).name}, and nothing is submitted: {said}"
+        ) from error
+    for job in experiment.jobs:
+        remember(config, job.id, _job_number(job) or "")
+
+
+def _job_number(job: Any) -> str | None:
+    """Of a job that Slurm has taken."""
+    handles = job.handles if hasattr(job, "handles") else [job.handle]
+    return str(handles[0].partition("://")[2].split("/")[1]) if handles and handles[0] else None
 
 
 def _launched(config: LaunchConfig, name: str, job: Any) -> Launched:
@@ -101,15 +142,13 @@ def _launched(config: LaunchConfig, name: str, job: Any) -> Launched:
     executors = job.executors if hasattr(job, "executors") else job.executor
     folder = Path((executors[0] if isinstance(executors, list) else executors).job_dir)
     if config.executor == "slurm":
-        handle = job.handles[0] if hasattr(job, "handles") else job.handle
-        return Launched(name, "submitted", folder, job=handle.partition("://")[2].split("/")[1])
+        return Launched(name, "submitted", folder, job=_job_number(job))
     if is_done(config, name):
         return Launched(name, "done", folder)
-    failed = failed_file(config, name)
+    failed = outcome_folder(config, name) / "failed"
     if failed.is_file():
-        return Launched(name, "failed", folder, exit_code=int(failed.read_text()))
-    needed = config.steps[name].after
-    started = all(is_done(config, each) for each in needed)
+        return Launched(name, "failed", folder, exit_code=int(failed.read_text() or 1))
+    started = all(is_done(config, each) for each in config.steps[name].after)
     return Launched(name, "stopped" if started else "not started", folder)
 
 
@@ -121,12 +160,18 @@ def _check_executor(config: LaunchConfig) -> None:
     klong = (config.home / config.venv).absolute() / "bin" / "klong"
     if not config.contained and not klong.is_file():
         raise ValueError(f"venv={config.venv}: no {klong}; run make install there, or name another")
+    if config.executor == "docker":
+        docker: Any = importlib.import_module("docker")  # nemo-run brings it
+        try:
+            docker.from_env().ping()
+        except docker.errors.DockerException as error:
+            raise ValueError(f"executor=docker: no Docker engine answers here ({error})") from error
 
 
 @contextlib.contextmanager
-def _experiment(config: LaunchConfig) -> Iterator[Any]:
-    # Read when nemo_run is imported, and needed on the file system that the nodes see.
-    os.environ["NEMORUN_HOME"] = str(config.state.absolute())
+def _experiment(config: LaunchConfig, folder: Path, number: str) -> Iterator[Any]:
+    # Read when nemo_run is imported.
+    os.environ["NEMORUN_HOME"] = str(folder)
     try:
         import nemo_run
     except ImportError as error:
@@ -140,6 +185,8 @@ def _experiment(config: LaunchConfig) -> Iterator[Any]:
         )
     with nemo_run.Experiment(
         config.name,
+        id=number,
+        base_dir=str(folder),
         log_level="ERROR",
         clean_mode=True,
         enable_goodbye_message=False,
@@ -148,81 +195,16 @@ def _experiment(config: LaunchConfig) -> Iterator[Any]:
         yield experiment
 
 
-def _add(experiment: Any, config: LaunchConfig, name: str, among: list[str] | None = None) -> None:
+def _add(experiment: Any, config: LaunchConfig, name: str, among: list[str]) -> None:
     """Add a step; of the steps it waits for, those that are done already are no jobs."""
     import nemo_run
 
     scripts = step_scripts(config, name)
-    executors = [_executor(config, name, script) for script in scripts]
+    executors = [executor(config, name, script.nodes) for script in scripts]
     tasks = [nemo_run.Script(inline=script.text) for script in scripts]
-    after = [each for each in config.steps[name].after if among is None or each in among]
+    after = [each for each in config.steps[name].after if each in among]
     if len(tasks) == 1:
         experiment.add(tasks[0], executor=executors[0], name=name, dependencies=after)
     else:
         executors[0].heterogeneous = True
         experiment.add(tasks, executor=executors, name=name, dependencies=after)
-
-
-def _executor(config: LaunchConfig, name: str, script: TaskScript) -> Any:
-    import nemo_run
-
-    home, state = config.home.absolute(), config.state.absolute()
-    ours = (f"{home}:{home}", f"{state}:{state}")
-    packager = nemo_run.Packager()  # the checkout is where it is: nothing is packed
-    if config.executor == "local":
-        return nemo_run.LocalExecutor(packager=packager)
-    if config.executor == "docker":
-        docker = config.docker
-        assert docker is not None
-        return nemo_run.DockerExecutor(
-            container_image=docker.image,
-            num_gpus=docker.gpus or None,
-            shm_size=docker.shm_size,
-            network=docker.network,
-            volumes=[*ours, *docker.mounts],
-            # What it writes belongs to who launches it, who is nobody in the image and has no home there.
-            additional_kwargs={"user": f"{os.getuid()}:{os.getgid()}", "security_opt": list(docker.security)},
-            env_vars={"HOME": "/tmp"},
-            packager=packager,
-        )
-    slurm = config.slurm
-    assert slurm is not None
-    time = config.steps[name].time or slurm.time
-    return nemo_run.SlurmExecutor(
-        account=slurm.account,
-        partition=slurm.partition,
-        job_name_prefix="klong-",
-        time=time,
-        nodes=script.nodes.count,
-        ntasks_per_node=script.nodes.tasks,
-        gpus_per_node=script.nodes.gpus,
-        cpus_per_task=slurm.cpus_per_task,
-        mem="0" if slurm.exclusive else None,
-        exclusive=slurm.exclusive or None,
-        signal=f"TERM@{slurm.signal_seconds}" if slurm.signal_seconds else None,
-        container_image=slurm.image,
-        container_mounts=[*ours, *slurm.mounts] if slurm.image else [],
-        env_vars=dict(slurm.environment),
-        additional_parameters=dict(slurm.options),
-        # Slurm from 22.05 to 23.02 does not take the CPUs of a task from the job.
-        srun_args=[f"--cpus-per-task={slurm.cpus_per_task}"],
-        setup_lines=batch_setup(config, name),
-        wait_time_for_group_job=0,
-        # Roles end together (scripts.py); so long after a failure the others are ended.
-        monitor_group_job_wait_time=10,
-        poll_estimated_start_time=False,
-        tunnel=nemo_run.LocalTunnel(job_dir=""),
-        packager=packager,
-    )
-
-
-def forget(config: LaunchConfig, steps: list[str]) -> None:
-    """Forget that steps are done, so that they are done again.
-
-    Raises:
-        ValueError: no such step.
-    """
-    for name in steps:
-        if name not in config.steps:
-            raise ValueError(f"--again {name}: no such step; there are {', '.join(config.steps)}")
-        done_file(config, name).unlink(missing_ok=True)

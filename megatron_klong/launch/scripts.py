@@ -1,12 +1,22 @@
-"""The scripts that the tasks of a step run; the same on every executor, as far as it can be."""
+"""The scripts that the tasks of a step run; the same on every executor, as far as it can be.
+
+A step is done when ``STATE/STEP.done`` has its digest: of its command and of those it needs, so that a step
+is not done any more when one before it has changed. What its tasks say of their end is in a folder of its own
+for each attempt: ``failed``, the exit code of the first that failed by itself, and ``ended-ROLE-TASK``, how
+the roles of reinforcement learning ended.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_klong.config import LaunchConfig, NodesConfig, RolesConfig, StepConfig
+from megatron_klong.config import LaunchConfig, NodesConfig, StepConfig
+
+STOPPED = 143
+"""How ``klong`` ends after SIGTERM, with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -14,30 +24,34 @@ class TaskScript:
     """What one kind of a step's tasks runs.
 
     Attributes:
-        name: the step's, or step and role.
         text: bash.
         nodes: what they take on Slurm.
     """
 
-    name: str
     text: str
     nodes: NodesConfig
 
 
+def digest(config: LaunchConfig, name: str) -> str:
+    """Of a step's command and, with theirs, of the steps it needs."""
+    parts = [command_line(config.steps[name]), *(digest(config, each) for each in config.steps[name].after)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def done_file(config: LaunchConfig, name: str) -> Path:
-    """The file that holds a step's command since it is done."""
+    """The file that has a step's digest since it is done."""
     return config.state.absolute() / f"{name}.done"
 
 
-def failed_file(config: LaunchConfig, name: str) -> Path:
-    """The file that holds the exit code of a step's last failure."""
-    return config.state.absolute() / f"{name}.failed"
+def outcome_folder(config: LaunchConfig, name: str) -> Path:
+    """Where tasks say how they ended; on Slurm each attempt of a job has another."""
+    return config.state.absolute() / f"{name}.outcome"
 
 
 def is_done(config: LaunchConfig, name: str) -> bool:
-    """Whether a step is done, by the command that it has now."""
+    """Whether a step is done, with the commands that it and those before it have now."""
     file = done_file(config, name)
-    return file.is_file() and file.read_text().strip() == command_line(config.steps[name])
+    return file.is_file() and file.read_text().strip() == digest(config, name)
 
 
 def command_line(step: StepConfig) -> str:
@@ -49,7 +63,7 @@ def step_scripts(config: LaunchConfig, name: str) -> list[TaskScript]:
     """A script for all tasks of a step; with roles on Slurm, one for each role."""
     step = config.steps[name]
     if step.roles is None or config.executor != "slurm":
-        return [TaskScript(name, _script(config, name, shlex.join(step.run)), step.nodes)]
+        return [TaskScript(_script(config, name, shlex.join(step.run), ""), step.nodes)]
     _, file, *overrides = step.run
     servers = step.roles.server.count * step.roles.server.tasks
     given = shlex.join((file, *overrides, f"servers={servers}"))
@@ -57,63 +71,69 @@ def step_scripts(config: LaunchConfig, name: str) -> list[TaskScript]:
         ' "server.host=${KLONG_SERVER_HOST:-0.0.0.0}"'
         ' "server.address=${KLONG_SERVER_ADDRESS:-$SLURMD_NODENAME}" --number "$SLURM_PROCID"'
     )
+    tasks = sum(nodes.count * nodes.tasks for _, nodes in step.roles)
     return [
         TaskScript(
-            f"{name}-{role}",
-            _script(config, name, f"rl {role} {given}" + (of_server if role == "server" else ""), role),
+            _script(
+                config, name, f"rl {role} {given}" + (of_server if role == "server" else ""),
+                _wait_for_others(role, tasks),
+            ),
             nodes,
         )
         for role, nodes in step.roles
-    ]
+    ]  # fmt: skip
 
 
-def _script(config: LaunchConfig, name: str, arguments: str, role: str | None = None) -> str:
-    """Run ``klong ARGUMENTS`` (quoted for the shell) if what it needs is done, and note how it ended.
+def _script(config: LaunchConfig, name: str, arguments: str, at_end: str) -> str:
+    """Run ``klong ARGUMENTS`` (quoted for the shell) if what it needs is done, and say how it ended."""
+    state, home = shlex.quote(str(config.state.absolute())), shlex.quote(str(config.home.absolute()))
+    needed = "".join(
+        f'[[ "$(cat {state}/{each}.done 2>/dev/null)" == {digest(config, each)} ]] || {{\n'
+        f'    echo "error: {name} needs {each}, which is not done; its log says why" >&2\n    exit 3\n}}\n'
+        for each in config.steps[name].after
+    )
+    done = f'[[ "$status" != 0 ]] || echo {digest(config, name)} >{state}/{name}.done\n'
+    if config.executor == "slurm":
+        done = ""  # the batch script says so, when all tasks have ended
+    return f"""\
+# Step {name} of {config.name}
+set -uo pipefail
+outcome="${{KLONG_OUTCOME:-{state}/{name}.outcome}}"
+# The command is told to stop as well; this script waits for it, and knows that it was.
+told=""
+trap 'told=yes' TERM INT
+cd {home} || exit 3
+{needed}status=0
+{_klong(config)} {arguments} || status=$?
+# Of ranks that are told to stop some lose sight of others before their own turn: they were stopped, too.
+[[ -z "$told" || "$status" == 0 || "$status" == 2 ]] || status={STOPPED}
+if [[ "$status" != 0 && "$status" != {STOPPED} ]]; then
+    # The first to fail is the cause; the others follow from it.
+    (set -o noclobber && echo "$status" >"$outcome/failed") 2>/dev/null || true
+    exit "$status"
+fi
+{at_end}{done}exit "$status"
+"""
 
-    A role that is done, or has stopped, waits for the others: nemo-run ends all soon after the first.
-    """
-    step, done, failed = config.steps[name], done_file(config, name), failed_file(config, name)
-    lines = [
-        f"# Step {name} of {config.name}",
-        "set -uo pipefail",
-        # What is told to stop is the command; this script waits for it.
-        "trap : TERM INT",
-        f"cd {shlex.quote(str(config.home.absolute()))} || exit 3",
-    ]
-    for needed in step.after:
-        lines += [
-            f"[[ -e {shlex.quote(str(done_file(config, needed)))} ]] || {{",
-            f'    echo "error: {name} needs {needed}, which is not done; its log says why" >&2',
-            "    exit 3",
-            "}",
-        ]
-    command = shlex.quote(command_line(step))
-    lines += [
-        "status=0",
-        f"{_klong(config)} {arguments} || status=$?",
-        f'[[ "$status" == 0 || "$status" == 143 ]] || echo "$status" >{shlex.quote(str(failed))}',
-    ]
-    if role is not None:
-        ended = shlex.quote(f"{config.state.absolute() / name}.ended")
-        others = " && ".join(f"-e {ended}/{each}" for each in RolesConfig.model_fields)
-        lines += [
-            '[[ "$status" == 0 || "$status" == 143 ]] || exit "$status"',
-            f'[[ "$SLURM_PROCID" != 0 ]] || touch {ended}/{role}',
-            f"until [[ {others} ]]; do sleep 1; done",
-        ]
-    if config.executor != "slurm":  # there the batch script does it, when all tasks have ended
-        lines.append(f"""[[ "$status" != 0 ]] || printf '%s\\n' {command} >{shlex.quote(str(done))}""")
-    return "\n".join([*lines, 'exit "$status"', ""])
+
+def _wait_for_others(role: str, tasks: int) -> str:
+    """A role that is done, or has stopped, waits for the others: nemo-run ends all soon after the first."""
+    return f"""\
+echo "$status" >"$outcome/ended-{role}-$SLURM_PROCID"
+until (($(find "$outcome" -name 'ended-*' | wc -l) >= {tasks})); do sleep 1; done
+"""
 
 
 def batch_setup(config: LaunchConfig, name: str) -> str:
     """What a step's batch script does on Slurm before its tasks: see slurm/launched.sh."""
     assert config.slurm is not None
-    home, state = config.home.absolute(), config.state.absolute()
+    home, state, step = config.home.absolute(), config.state.absolute(), config.steps[name]
     values = {
         "KLONG_HOME": str(home), "KLONG_STATE": str(state), "KLONG_LOGS": str(state / "logs"),
-        "KLONG_STEP": name, "KLONG_COMMAND": command_line(config.steps[name]),
-        "KLONG_REQUEUES": str(config.slurm.requeues),
+        "KLONG_STEP": name, "KLONG_DIGEST": digest(config, name),
+        "KLONG_REQUEUES": str(config.slurm.requeues if step.resumes else 0),
+        "KLONG_CONTAINER": "pyxis" if config.slurm.image else "none",
+        **config.slurm.environment,
     }  # fmt: skip
     exports = [f"export {key}={shlex.quote(value)}" for key, value in values.items()]
     return "\n".join(["", "set +vx", *exports, 'source "$KLONG_HOME/slurm/launched.sh"', ""])
