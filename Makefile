@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml requirements.txt constraints/cpu.txt constraints/gpu.tx
 launch-env: $(LAUNCH_STAMP)  ## Make .venv-launch, the environment of `klong launch`: nemo-run, no torch
 
 $(LAUNCH_STAMP): pyproject.toml
-	@$(PYTHON) -m venv $(VENV)-launch
+	@$$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)-launch
 	@$(VENV)-launch/bin/python -m pip install -q --disable-pip-version-check -e '.[launch]'
 	@touch $@
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klong.config import ServerConfig
+from megatron_klong.rl.roles import server_devices
 from megatron_klong.training.launched import first_node, nodes, rank_environment
 from tests.test_sft import ROOT, arguments, losses, sft
 
@@ -83,6 +85,32 @@ def test_ranks_of_srun_train_like_our_own(domain_store: Path, tmp_path: Path) ->
     assert "2 ranks: TP1 CP1 PP1 EP2 DP2" in said[0][0] and said[1][0] == ""
     sft(domain_store, ours, *layout)
     assert losses(theirs) == losses(ours)
+
+
+@pytest.mark.parametrize(
+    ("devices", "number", "environment", "expected"),
+    [
+        (None, 3, {}, None),
+        ("0,1", 3, {}, "0,1"),  # on a machine of its own
+        ("4,5,6,7", 1, {}, "6,7"),
+        (None, 5, {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "2,3"),
+        (None, 5, {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "0,1"),
+        (None, 4, {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        (None, 5, {"SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}, "2,3"),
+        (None, 1, {"SLURM_LOCALID": "0"}, None),  # a batch script's, before srun
+    ],
+)
+def test_servers_of_a_machine_share_its_gpus(
+    devices: str | None, number: int, environment: dict[str, str], expected: str | None
+) -> None:
+    config = ServerConfig(model=Path("m"), max_model_len=64, tensor_parallel=2, devices=devices)
+    assert server_devices(config, number, environment) == expected
+
+
+def test_too_few_gpus_for_the_servers_of_a_machine() -> None:
+    config = ServerConfig(model=Path("m"), max_model_len=64, tensor_parallel=2, devices="0,1,2")
+    with pytest.raises(ValueError, match=r"server 1: 3 GPUs \(0,1,2\) are too few for 2 servers"):
+        server_devices(config, 1, {})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ fi
 if [[ $stack == gpu ]]; then
     echo "installing the GPU stack of requirements.txt"
     "${pip[@]}" install -q -r requirements.txt -c constraints/gpu.txt
-    "${pip[@]}" install -q -e ".[$extras]" -c constraints/gpu.txt
+    "${pip[@]}" install -q -e ".${extras:+[$extras]}" -c constraints/gpu.txt
 else
     echo "installing the CPU build of torch"
     "${pip[@]}" install -q 'torch==2.13.0+cpu' || {

@@ -42,7 +42,8 @@ class ServerConfig(StrictModel):
     """GPUs that share the model."""
 
     devices: str | None = None
-    """GPUs it may see, as in CUDA_VISIBLE_DEVICES, such as `0,1`. Default: all."""
+    """GPUs it may see, as in CUDA_VISIBLE_DEVICES, such as `0,1`. Default: all. If they are more than
+    `tensor_parallel`, the servers of a machine share them out."""
 
     kv_cache_gib: int = Field(default=1, ge=1)
     """Memory for keys and values on a CPU machine, GiB."""

@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
-from megatron_klong.config import RlConfig
+from megatron_klong.config import RlConfig, ServerConfig
 from megatron_klong.inference.server import VllmServer
 from megatron_klong.inference.wire import ServerError
 from megatron_klong.rl.exchange import Exchange, Finished, ServerAddress
@@ -57,9 +57,11 @@ def run_server(config: RlConfig, number: int) -> int:
     if number >= config.servers:
         raise ValueError(f"--number {number}: the config has servers={config.servers}, from 0")
     exchange = Exchange(run.exchange)
+    devices = server_devices(config.server, number, os.environ)
+    settings = config.server.model_copy(update={"devices": devices})
 
     def serve() -> None:
-        with VllmServer(config.server, run.logs / f"vllm-{number}.log") as server:
+        with VllmServer(settings, run.logs / f"vllm-{number}.log") as server:
             exchange.tell(f"server-{number}", ServerAddress(url=server.url))
             while exchange.heard("finished", Finished) is None:
                 server.check()
@@ -67,6 +69,34 @@ def run_server(config: RlConfig, number: int) -> int:
 
     with run.locked(f"server-{number}", wait_seconds=_LOCK_SECONDS):
         return _exit_code(serve)
+
+
+def server_devices(config: ServerConfig, number: int, environment: Mapping[str, str]) -> str | None:
+    """The GPUs of one server, where several are on a machine: ``tensor_parallel`` each, in order.
+
+    Args:
+        number: of the server. Under srun its place on the node counts; elsewhere ``server.devices`` are the
+            machine's and shared out, if they are more than one server's.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    width, place, listed = config.tensor_parallel, number, config.devices
+    if {"SLURM_STEP_ID", "SLURM_LOCALID"} <= environment.keys():
+        place = int(environment["SLURM_LOCALID"])
+        listed = listed or environment.get("CUDA_VISIBLE_DEVICES")
+        if listed is None and place:
+            listed = ",".join(map(str, range((place + 1) * width)))
+    devices = listed.split(",") if listed else []
+    if len(devices) <= width:
+        return config.devices
+    share = devices[place * width : (place + 1) * width]
+    if len(share) < width:
+        raise ValueError(
+            f"server {number}: {len(devices)} GPUs ({listed}) are too few for {place + 1} servers of "
+            f"server.tensor_parallel={width}; start fewer on a machine"
+        )
+    return ",".join(share)
 
 
 def run_orchestrator(config: RlConfig, display: Display) -> int:
