@@ -42,7 +42,7 @@ def test_a_plan_is_what_the_run_becomes(domain_store: Path, tmp_path: Path) -> N
     assert plan["steps"] == len(lines) == plan["phases"][0]["steps"]
     assert sum(line["tokens"] for line in lines) == pytest.approx(plan["phases"][0]["tokens"], rel=0.05)
     assert (plan["ranks"], plan["layout"]) == (4, "4 ranks: TP2 CP1 PP2 EP2 DP1")
-    assert (plan["rows_per_step"], plan["micro_batches"], plan["row_tokens"]) == (2, 2, 1024)
+    assert (plan["rows_per_step"], plan["micro_batches"], plan["row_tokens"]) == (2, 2, 256)
     newest = max((run / "checkpoints").iterdir())
     on_disk = sum(file.stat().st_size for file in newest.iterdir())
     assert plan["checkpoint_bytes"] < on_disk < 1.05 * plan["checkpoint_bytes"]
