@@ -82,6 +82,19 @@ def test_a_rollout_is_found_again_with_all_that_was_known(tmp_path: Path) -> Non
     assert tokens.prompt_sha256.tolist() == [f"{number:064x}" for number in (1, 2, 3)]
 
 
+def test_failures_are_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    play(journal)
+    journal.record_grade(key(), GRADE)
+    play(journal, member=1)
+    journal.record_failure(key(2), 0, "t", "the sandbox broke")
+    other = RolloutKey("train", 4, 1, 2)
+    journal.record_failure(other, 0, "t", "the sandbox broke")
+    journal.forget_failures("train", 3)
+    assert [each.key.member for each in journal.rollouts("train", 3)] == [0, 1]
+    assert journal.find(other) is not None
+
+
 def _record_and_die(folder: Path) -> None:
     journal = opened(folder)
     for member in range(100):

@@ -117,6 +117,8 @@ class Orchestrator:
         records = self._journal.rollouts(first.purpose, first.iteration)
         if not _graded(records):
             reason = (records[0].error or "").strip().splitlines()[-1]
+            # The cause is the machine's: when it is mended, the next start plays them.
+            self._journal.forget_failures(first.purpose, first.iteration)
             raise ValueError(f"{what}: infrastructure failed for every rollout, the first by: {reason}")
         return records
 

@@ -182,6 +182,13 @@ class Journal:
              RolloutState.FAILED, error),
         )  # fmt: skip
 
+    def forget_failures(self, purpose: Purpose, iteration: int) -> None:
+        """Rollouts of an iteration that infrastructure has failed for are wanted again."""
+        self._db.execute(
+            "DELETE FROM rollouts WHERE purpose = ? AND iteration = ? AND state = ?",
+            (purpose, iteration, RolloutState.FAILED),
+        )
+
     def find(self, key: RolloutKey) -> RolloutRecord | None:
         """A rollout, if it was played or has failed."""
         found = self._select("id = ?", key.id)
