@@ -59,7 +59,8 @@ def dry_run(config: LaunchConfig) -> dict[str, str]:
             _add(experiment, config, name, list(config.steps))
         experiment.dryrun(log=False, delete_exp_dir=False)
         written = Path(experiment._exp_dir)
-        return {name: (written / f"{name}_sbatch.sh").read_text() for name in config.steps}
+        texts = {name: (written / f"{name}_sbatch.sh").read_text() for name in config.steps}
+        return {name: text.replace(folder, str(config.state.absolute())) for name, text in texts.items()}
 
 
 def launch(config: LaunchConfig) -> list[Launched]:
