@@ -11,6 +11,9 @@ fail() {
 # shellcheck source=slurm/env.sh
 source "$KLONG_HOME/slurm/env.sh"
 
+# Packages of this machine are none of an image's.
+[[ "$KLONG_CONTAINER" == none ]] || unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
 ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 ATTEMPT_LOGS="$KLONG_LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID/attempt-$ATTEMPT"
 
@@ -26,8 +29,6 @@ prepare_software() {
     # What is exported here or at submission must win over the image's own values, which pyxis prefers.
     local names
     names="$(compgen -e | grep -E '^(OMP_|CUDA_DEVICE_|NCCL_|GLOO_|PYTHON(FAULT|UNBUF)|KLONG_|WANDB_|MASTER_)' | paste -sd,)"
-    # Packages of this machine are none of an image's.
-    [[ "$KLONG_CONTAINER" == none ]] || unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
     case "$KLONG_CONTAINER" in
     none)
         [[ -x "$KLONG_VENV/bin/klong" ]] ||
@@ -96,6 +97,19 @@ check_nodes() {
         fail "nodes that are not fit; submit again with --exclude=$(awk '{ print $2 }' <<<"$bad" | sort -u | paste -sd,)"
     fi
     say "$(grep -c '^ok' "$report") nodes checked"
+}
+
+# check_all_nodes: those of the job, of each of its components.
+check_all_nodes() {
+    local group nodes
+    if [[ "${SLURM_HET_SIZE:-1}" == 1 ]]; then
+        check_nodes "$SLURM_JOB_NUM_NODES"
+        return
+    fi
+    for ((group = 0; group < SLURM_HET_SIZE; group++)); do
+        nodes="SLURM_JOB_NUM_NODES_HET_GROUP_$group"
+        check_nodes "${!nodes}" --het-group="$group"
+    done
 }
 
 # task_status STATUS REPORT: how the tasks of an srun ended, by what it has said of the first that ended badly. Its

@@ -13,16 +13,7 @@ if [[ "$(cat "$KLONG_STATE/$KLONG_STEP.done" 2>/dev/null)" == "$KLONG_DIGEST" ]]
     say "$KLONG_STEP is done already"
     exit 0
 fi
-# Packages of this machine are none of an image's.
-[[ "$KLONG_CONTAINER" == none ]] || unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
-if [[ "${SLURM_HET_SIZE:-1}" == 1 ]]; then
-    check_nodes "$SLURM_JOB_NUM_NODES"
-else
-    for ((group = 0; group < SLURM_HET_SIZE; group++)); do
-        nodes="SLURM_JOB_NUM_NODES_HET_GROUP_$group"
-        check_nodes "${!nodes}" --het-group="$group"
-    done
-fi
+check_all_nodes
 
 # launched_ended STATUS: srun's status is the highest of all tasks, and when one fails it ends the others by SIGTERM; so
 # the first failure is known by the file that it leaves. 143 is how klong ends after SIGTERM.

@@ -168,7 +168,7 @@ def test_a_failure_on_slurm(klong: Path, tmp_path: Path, cluster: SlurmCluster) 
 def test_a_stopped_step_goes_on_and_is_not_submitted_twice(
     klong: Path, inputs: Path, tmp_path: Path, cluster: SlurmCluster
 ) -> None:
-    """One of two ranks is told to stop, as all are before the time limit: saved, queued again, done."""
+    """Both ranks are told to stop, as before the time limit: saved, queued again, and on from there."""
     sft = chain(tmp_path, inputs)["sft"]
     sft = {**sft, "after": [], "run": [*sft["run"], "model.weights=null", "data.phases.train.steps=300"]}
     file = write(tmp_path, {"sft": sft}, executor="slurm")

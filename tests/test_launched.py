@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klong.config import ServerConfig
+from megatron_klong.platform.lifetime import on_stop_signals
 from megatron_klong.rl.roles import server_devices
 from megatron_klong.training.launched import first_node, nodes, rank_environment
 from tests.test_sft import ROOT, arguments, losses, sft
@@ -105,6 +107,23 @@ def test_servers_of_a_machine_share_its_gpus(
 ) -> None:
     config = ServerConfig(model=Path("m"), max_model_len=64, tensor_parallel=2, devices=devices)
     assert server_devices(config, number, environment) == expected
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup; the others are handled, and what was before comes back."""
+    heard: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_stop_signals(lambda number, _frame: heard.append(number)) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert set(caught) == {signal.SIGINT, signal.SIGTERM}
+        assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def test_too_few_gpus_for_the_servers_of_a_machine() -> None:

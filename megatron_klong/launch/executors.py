@@ -28,9 +28,8 @@ def executor(config: LaunchConfig, name: str, nodes: NodesConfig) -> Any:
     if config.executor == "slurm":
         assert config.slurm is not None
         return _slurm(config, config.slurm, name, nodes, ours)
-    return nemo_run.LocalExecutor(
-        packager=nemo_run.Packager()
-    )  # the checkout is where it is: nothing is packed
+    # The checkout is where it is: nothing is packed.
+    return nemo_run.LocalExecutor(packager=nemo_run.Packager())
 
 
 def _docker(docker: DockerLaunchConfig, ours: tuple[str, ...]) -> Any:

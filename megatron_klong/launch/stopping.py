@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from megatron_klong.platform.lifetime import on_stop_signals
 
 
 @contextlib.contextmanager
@@ -30,12 +30,8 @@ def stopping(experiment: str) -> Iterator[None]:
                 os.killpg(pid, signal.SIGTERM)
         _stop_containers(experiment)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
-    try:
+    with on_stop_signals(pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _children() -> list[int]:

@@ -7,9 +7,10 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,6 +24,22 @@ def die_with_parent(parent: int, how: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
         if os.getppid() != parent:  # it was gone before we asked
             sys.exit(1)
+
+
+@contextmanager
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[tuple[signal.Signals, ...]]:
+    """Within, SIGINT, SIGTERM and SIGHUP are handled; yields those of them that are.
+
+    What this process was started to ignore (by nohup, or as a shell's background job) stays ignored.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = tuple(number for number in stops if signal.getsignal(number) is not signal.SIG_IGN)
+    before = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield caught
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def to_disk(path: Path) -> None:

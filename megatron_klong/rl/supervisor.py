@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from megatron_klong.config import RlConfig
+from megatron_klong.platform.lifetime import on_stop_signals
 from megatron_klong.rl.exchange import Exchange, Finished
 from megatron_klong.rl.prepare import check_rl, check_trainer, claim_run
 from megatron_klong.training.run_directory import RunDirectory
@@ -78,7 +78,7 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
             ),
             _Child("orchestrator", ("orchestrator", file), None),
         ]
-        with _signals():
+        with on_stop_signals(_interrupt):
             try:
                 return _watch(run, children, config.max_restarts, say)
             except _StoppedError as stopped:
@@ -149,18 +149,6 @@ def _end(children: list[_Child]) -> None:
         if process.poll() is None:
             process.kill()  # what it started ends with it
         process.wait()
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    caught = [number for number in stops if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _interrupt) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

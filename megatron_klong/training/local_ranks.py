@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_klong.platform.lifetime import on_stop_signals
+
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _CAUSE_SECONDS = 1.0
@@ -59,25 +61,20 @@ def run_ranks(
         0; the exit code of the first rank that failed; or 128 + the signal's number.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # What we were started to ignore (nohup, a shell's background job) stays ignored.
-    caught = [number for number in stops if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _interrupt) for number in caught}
     ranks: list[Rank] = []
-    try:
-        port = _free_port()
-        for number in range(nproc):
-            ranks.append(_start(module, arguments, number, nproc, port, logs, keep_open))
-        failed = _wait(ranks)
-        return _failure(failed) if failed is not None else 0
-    except _InterruptedError as interruption:
-        return _stop(ranks, interruption.number, stop_seconds)
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_IGN)
-        _end(ranks)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_stop_signals(_interrupt) as caught:
+        try:
+            port = _free_port()
+            for number in range(nproc):
+                ranks.append(_start(module, arguments, number, nproc, port, logs, keep_open))
+            failed = _wait(ranks)
+            return _failure(failed) if failed is not None else 0
+        except _InterruptedError as interruption:
+            return _stop(ranks, interruption.number, stop_seconds)
+        finally:
+            for signum in caught:
+                signal.signal(signum, signal.SIG_IGN)
+            _end(ranks)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

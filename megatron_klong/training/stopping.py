@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Of Slurm and launchers, of a person, of a terminal that is closed."""
+from megatron_klong.platform.lifetime import on_stop_signals
 
 
 class StopRequest:
@@ -31,18 +29,10 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within, signals that ask for the end are noted and do nothing else.
-
-    What this process was started to ignore (by nohup) stays ignored.
-    """
+    """Within, signals that ask for the end are noted and do nothing else."""
     request = StopRequest()
-    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request._hear) for number in caught}
-    try:
+    with on_stop_signals(request._hear):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Stopped(SystemExit):
