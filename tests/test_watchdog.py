@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klong.training.watchdog import Beat, culprits
+from megatron_klong.training.watchdog import Beat, culprits, watched
 
 RANK = """
 import sys, time
@@ -121,3 +122,9 @@ def test_a_wait_for_other_ranks_is_seen_as_one(tmp_path: Path) -> None:
     _, said = hanging.communicate(timeout=60)
     waiting.communicate(timeout=60)
     assert "rank 1 (step 5, training, in <module> (<string>:13)) hangs" in said.splitlines()[-1]
+
+
+def test_a_rank_is_heard_before_its_first_step(tmp_path: Path) -> None:
+    """Beats are far apart: one that stops within its first steps must not look as if it had never begun."""
+    with watched(tmp_path, 0, 1, 1e6):
+        assert json.loads((tmp_path / "rank_0.json").read_text())["step"] == 0

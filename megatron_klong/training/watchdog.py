@@ -77,9 +77,13 @@ class Watchdog:
         self._phase = phase or self._phase
         self._step = self._step if step is None else step
 
+    def begin(self) -> None:
+        """The first beat, before any work: a rank that stops at once has been heard of."""
+        self._write(1)
+
     def run(self) -> None:
         """The thread: until :meth:`end`, or until a hang, which ends the process."""
-        seen, since, number = -1, time.monotonic(), 0
+        seen, since, number = -1, time.monotonic(), 1
         while not self._ended.wait(self._interval):
             number += 1
             self._write(number)
@@ -171,6 +175,7 @@ def watched(folder: Path, rank: int, ranks: int, limit: float) -> Iterator[Watch
     if rank == 0:
         (folder / "verdict.txt").unlink(missing_ok=True)
     watchdog = Watchdog(folder, rank, ranks, limit)
+    watchdog.begin()
     thread = threading.Thread(target=watchdog.run, name="watchdog", daemon=True)
     thread.start()
     try:
