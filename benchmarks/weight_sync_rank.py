@@ -77,7 +77,7 @@ def main(file: Path) -> None:
         rank = torch.distributed.get_rank()
         model = RandomTokens(platform, job.model, job.parallel, "fp32", 128)
         fleet = Fleet([job.url]) if rank == 0 else None
-        source = MegatronWeightSource(model.trainer.model.module, model.hf)
+        source = MegatronWeightSource(model.trainer.model, model.hf)
         sync = WeightSync(source, trainer_init_info("shm", rank, fleet, source, job.chunk_bytes), fleet, 1e-4)
         prompts = random_prompts(model.hf.vocab_size, 128)
         reports, sender, worker = [], [], []

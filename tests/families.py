@@ -156,5 +156,5 @@ def changed(settings: Any, **model: Any) -> Any:
 
 def rank_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """The gradient buffers of a rank's parameters, by the map's names."""
-    model = trainer.model.module
+    model = trainer.model
     return by_global_name(model, {name: each.main_grad for name, each in model.named_parameters()})

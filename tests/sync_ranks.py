@@ -76,7 +76,7 @@ class SyncingTrainer:
         self.trainer: Trainer = build_trainer(
             reference.trainer_settings(config.model_copy(update={"model": model})), hf, platform
         )
-        self.source = FaultySource(self.trainer.model.module, hf)
+        self.source = FaultySource(self.trainer.model, hf)
         rank = torch.distributed.get_rank()
         register()
         self.fleet = Fleet(urls) if rank == 0 else None
@@ -220,7 +220,7 @@ def gathered(platform: Platform, folder: Path, parallel: ParallelConfig, everywh
     """Two passes over the source: what this rank gets, with metadata checked against it."""
     hf = load_hf_config(folder)
     trainer = build_trainer(reference.settings(parallel, folder), hf, platform)
-    source = MegatronWeightSource(trainer.model.module, hf, everywhere=everywhere)
+    source = MegatronWeightSource(trainer.model, hf, everywhere=everywhere)
     first = {name: tensor.clone() for name, tensor in source}
     meta = source.metadata()
     source.prepare()

@@ -210,7 +210,7 @@ def weights_of(platform: Platform, config: SftConfig, step: int) -> Tensor:
         trainer, checkpoint_dir(RunDirectory(config.run.dir).checkpoints, step), SftProgress
     )
     assert progress.step == step
-    return torch.cat([weight.detach().flatten() for weight in trainer.model.module.parameters()])
+    return torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
 
 
 def test_a_spike_is_reported_with_its_worst_rows_first(

@@ -141,7 +141,7 @@ def save_while_training(platform: Platform, folder: Path, out: Path) -> tuple[bo
 
 
 def _state(trainer: Any) -> list[Tensor]:
-    weights = [weight.detach().clone() for weight in trainer.model.module.parameters()]
+    weights = [weight.detach().clone() for weight in trainer.model.parameters()]
     states = [
         state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()
     ]
@@ -234,7 +234,7 @@ def break_weights(platform: Platform, folder: Path, out: Path, rank: int) -> str
     )
     if torch.distributed.get_rank() == rank:
         with torch.no_grad():
-            next(trainer.model.module.parameters())[0, 0] = float("inf")
+            next(trainer.model.parameters())[0, 0] = float("inf")
     saver = CheckpointSaver(out, Kept(1))
     try:
         saver.start(trainer, SftProgress(3))

@@ -214,7 +214,7 @@ def train_and_dump(platform: Platform, folder: Path, out: Path, parallel: Parall
     for _ in range(2):
         train_step(trainer, rows, sft_objective)
     save_checkpoint(trainer, SftProgress(2), out, keep_last=1)
-    model = trainer.model.module
+    model = trainer.model
     group = model.pg_collection.tp
     held = {name: tensor.detach().clone() for name, tensor in rank_tensors(model).items()}
     torch.save((group.rank(), group.size(), held), out / f"rank-{torch.distributed.get_rank()}.pt")

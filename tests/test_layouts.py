@@ -22,9 +22,12 @@ from tests.ranks import RankPool
 
 
 def layout(
-    world: int, tensor: int = 1, pipeline: int = 1, expert: int = 1, context: int = 1
+    world: int, tensor: int = 1, pipeline: int = 1, expert: int = 1, context: int = 1, virtual: int = 1
 ) -> tuple[ParallelConfig, int]:
-    return ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, context=context), world
+    parallel = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, expert=expert, context=context, virtual=virtual
+    )
+    return parallel, world
 
 
 ONE = layout(1)
@@ -42,15 +45,20 @@ CASES = [
     ("glm", layout(4, tensor=2, context=2, expert=4)),
     ("glm", layout(4, context=2, pipeline=2, expert=2)),
     ("glm", layout(8, tensor=2, pipeline=2, expert=4)),
+    ("glm", layout(2, pipeline=2, virtual=2)),
+    ("glm", layout(4, pipeline=2, virtual=2)),
+    ("glm", layout(4, tensor=2, pipeline=2, virtual=2, expert=2)),
     ("glm-prediction", layout(2, tensor=2)),
     ("glm-prediction", layout(2, context=2)),
     ("glm-prediction", layout(4, tensor=2, pipeline=2, expert=2)),
     ("glm-prediction", layout(6, pipeline=3, expert=2)),
+    ("glm-prediction", layout(4, pipeline=2, virtual=2, expert=2)),
     ("qwen3-moe", layout(4, tensor=2, pipeline=2, expert=2)),
     ("qwen3-moe-unnormalized", layout(4, tensor=2, context=2, expert=2)),
     ("qwen3", layout(4, tensor=2, context=2)),
     ("qwen3-tied", layout(4, tensor=2, pipeline=2)),
     ("qwen3-tied", layout(4, context=2, pipeline=2)),
+    ("qwen3-tied", layout(4, context=2, pipeline=2, virtual=2)),
 ]  # fmt: skip
 
 
@@ -58,7 +66,8 @@ def case_name(value: object) -> str:
     if isinstance(value, str):
         return value
     parallel, world = value  # type: ignore[misc]
-    return f"TP{parallel.tensor}CP{parallel.context}PP{parallel.pipeline}EP{parallel.expert}of{world}"
+    pipeline = parallel.described_pipeline.replace(" ", "")
+    return f"TP{parallel.tensor}CP{parallel.context}{pipeline}EP{parallel.expert}of{world}"
 
 
 def loss_and_errors(
@@ -72,14 +81,14 @@ def loss_and_errors(
         prediction_loss_weight=PREDICTION_LOSS_WEIGHT,
     )
     trainer = build_trainer(settings, hf, platform)
-    trainer.model.zero_grad_buffer()
+    trainer.zero_gradients()
     ways, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = reference.packed(reference.batch())[rank::ways]
     sums = forward_backward(trainer, mine, sft_objective, forward_only=False)
     gather_gradients(trainer)
     expected: dict[str, Tensor] = torch.load(gradients)
     rules, errors, covered = weight_rules(hf), {}, set()
-    group = trainer.model.module.pg_collection.tp
+    group = trainer.model[0].pg_collection.tp
     for name, gradient in rank_gradients(trainer).items():
         rule = rules[name]
         whole = rule.join.join([expected[part.name] for part in rule.hf])
@@ -91,8 +100,8 @@ def loss_and_errors(
 
 def gather_gradients(trainer: Trainer) -> None:
     """Megatron leaves each data-parallel rank its share of the summed gradients; bring them together."""
-    for groups in (trainer.model.bucket_groups, trainer.model.expert_parallel_bucket_groups):
-        for group in groups:
+    for stage in trainer.stages:
+        for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups):
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
                 share = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()

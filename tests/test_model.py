@@ -56,7 +56,7 @@ def loss_and_gradients(platform: Platform, folder: Path) -> tuple[float, dict[st
     """Ours on one rank: the batch loss, and its gradients under their Hugging Face names."""
     hf = load_hf_config(folder)
     trainer = build_trainer(reference.settings(ONE, folder), hf, platform)
-    trainer.model.zero_grad_buffer()
+    trainer.zero_gradients()
     sums = forward_backward(trainer, reference.packed(reference.batch()), sft_objective, forward_only=False)
     rules, gradients = weight_rules(hf), {}
     for name, gradient in rank_gradients(trainer).items():
@@ -156,7 +156,7 @@ def influence(platform: Platform, folder: Path) -> np.ndarray:
         inputs.append(output.detach().requires_grad_(True))
         return inputs[-1]
 
-    trainer.model.module.embedding.register_forward_hook(keep)
+    trainer.model.embedding.register_forward_hook(keep)
     first, second = reference.random_samples(1, 30, 20)
     row = reference.packed([[first, second]])[0]
     row.loss_mask_R[:30] = 0
@@ -197,7 +197,7 @@ def bf16_loss(platform: Platform, folder: Path) -> tuple[float, set[torch.dtype]
     rows = reference.packed(reference.batch())
     for _ in range(3):
         train_step(trainer, rows, sft_objective)
-    tensors = rank_tensors(trainer.model.module)
+    tensors = rank_tensors(trainer.model)
     biases = {tensor.dtype for name, tensor in tensors.items() if "expert_bias" in name}
     return evaluate(trainer, rows, sft_objective).loss, biases
 
@@ -375,7 +375,7 @@ def leave_and_resume(
 ) -> tuple[float, bool, int]:
     """Two steps with prediction layers left alone (or what was saved then): loss, unchanged?, how many."""
     trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
-    model = trainer.model.module
+    model = trainer.model
     start = {n: t.clone() for n, t in rank_tensors(model).items() if n.startswith("mtp.")}
     rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = reference.packed(reference.batch())[rank::ways]

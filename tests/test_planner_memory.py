@@ -145,7 +145,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def standing(trainer: Trainer) -> dict[str, int]:
     """Bytes that are there between steps."""
-    module = trainer.model.module
+    module = trainer.model
     weights = [*module.parameters(), *(each for each in module.buffers() if each is not None)]
     owned = {each.untyped_storage().data_ptr() for each in weights}
     inner = [each.optimizer for each in trainer.optimizer.chained_optimizers]
@@ -176,7 +176,7 @@ def measured(
     rows = [full_row(hf.vocab_size)] * ROWS
     train_step(trainer, rows, sft_objective)  # the optimizer makes its state in the first step
     routed: list[int] = []
-    for module in trainer.model.module.modules():
+    for module in trainer.model.modules():
         if isinstance(module, GroupedExperts):
             module.register_forward_pre_hook(lambda _, given: routed.append(given[0].size(0)))
     gc.collect()
@@ -185,7 +185,7 @@ def measured(
         train_step(trainer, rows, sft_objective)
     average = rank_tokens(hf, parallel, ROW_TOKENS, 1.0).routed
     imbalance = sum(routed) / len(routed) / average if routed else 1.0
-    counts = sum(weight.numel() for weight in trainer.model.module.parameters())
+    counts = sum(weight.numel() for weight in trainer.model.parameters())
     stage = parallel_state.get_pipeline_model_parallel_rank()
     return stage, counts, imbalance, {**standing(trainer), "step": sampled.peak - before}
 

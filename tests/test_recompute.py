@@ -76,18 +76,18 @@ def computed(
     settings = changed(reference.settings(parallel, folder), **model)
     trainer = build_trainer(settings, load_hf_config(folder), platform)
     trainer.model.train()
-    trainer.model.zero_grad_buffer()
+    trainer.zero_gradients()
     ways, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = reference.packed(reference.batch())[rank::ways]
-    kept = KeptBytes(trainer.model.module)
+    kept = KeptBytes(trainer.model)
     with saved_tensors_hooks(kept.keep, kept.give):
         sums = forward_backward(
             trainer, rows[:1] if parallel == ONE else rows, sft_objective, forward_only=False
         )
-    gradients = [w.main_grad.clone() for w in trainer.model.module.parameters() if w.requires_grad]
+    gradients = [w.main_grad.clone() for w in trainer.model.parameters() if w.requires_grad]
     counted = [
         router.local_tokens_per_expert.clone()
-        for router in routers(trainer.model.module)
+        for router in routers(trainer.model)
         if router.local_tokens_per_expert is not None
     ]
     return sums, gradients, kept.peak, counted

@@ -172,7 +172,7 @@ def learn(
     trainer = build_trainer(config.trainer_settings, load_hf_config(folder), platform)
     learner = Learner(trainer, config)
     metrics = [update for _ in range(times) for update in learner.learn(uneven_batch())]
-    weights = rank_tensors(trainer.model.module)
+    weights = rank_tensors(trainer.model)
     return metrics, {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
@@ -219,7 +219,7 @@ def one_gradient(platform: Platform, folder: Path, temperature: float) -> dict[s
     with at_temperature(trainer, temperature):
         ((*old,),) = (learner._log_probs(rows),)
         filled = [replace(row, old_R=given) for row, given in zip(rows, old)]
-        trainer.model.zero_grad_buffer()
+        trainer.zero_gradients()
         objective = RlObjective(config.objective, trainer.device)
         forward_backward(trainer, filled, objective, forward_only=False)
     rules, gradients = weight_rules(load_hf_config(folder)), {}

@@ -46,10 +46,10 @@ def router_gradients(
 ) -> tuple[float | None, list[Tensor]]:
     """The balancing loss, and the gradients of this rank's routers after one batch."""
     trainer = trainer_with(platform, folder, parallel, **router)
-    trainer.model.zero_grad_buffer()
+    trainer.zero_gradients()
     sums = forward_backward(trainer, my_rows(), sft_objective, forward_only=False)
     gather_gradients(trainer)
-    return sums.balancing_loss, [each.weight.main_grad.clone() for each in routers(trainer.model.module)]
+    return sums.balancing_loss, [each.weight.main_grad.clone() for each in routers(trainer.model)]
 
 
 def hidden_before_routers(model: Any, row: PackedRow) -> list[Tensor]:
@@ -124,9 +124,9 @@ def moved_biases(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Biases before and after a step with updates, of this rank's layers."""
     trainer = trainer_with(platform, folder, parallel, bias_update_rate=0.01)
-    before = [each.expert_bias.clone() for each in routers(trainer.model.module)]
+    before = [each.expert_bias.clone() for each in routers(trainer.model)]
     train_step(trainer, my_rows(), sft_objective)
-    return before, [each.expert_bias.clone() for each in routers(trainer.model.module)]
+    return before, [each.expert_bias.clone() for each in routers(trainer.model)]
 
 
 def test_the_bias_moves_towards_idle_experts_alike_at_every_layout(ranks: RankPool, weights: Path) -> None:
@@ -147,7 +147,7 @@ def choices(platform: Platform, folder: Path) -> tuple[float, list[Tensor]]:
     found: list[list[Tensor]] = []
     losses = []
     for row in reference.packed(reference.batch()):
-        with recorded_routing(trainer.model.module) as chosen:
+        with recorded_routing(trainer.model) as chosen:
             losses.append(evaluate(trainer, [row], sft_objective).loss)
         found.append(chosen)
     return sum(losses), [torch.cat(layer) for layer in zip(*found, strict=True)]
@@ -167,7 +167,7 @@ def replayed(platform: Platform, folder: Path, chosen: list[Tensor]) -> tuple[fl
     trainer = trainer_with(platform, folder, ONE, replay=True)
     row = my_rows()[0]
     free = evaluate(trainer, [row], sft_objective).loss
-    with replayed_routing(trainer.model.module, chosen):
+    with replayed_routing(trainer.model, chosen):
         forced = evaluate(trainer, [row], sft_objective).loss
     assert evaluate(trainer, [row], sft_objective).loss == free  # and afterwards the router decides again
     return free, forced
@@ -193,7 +193,7 @@ def misused(platform: Platform, folder: Path) -> None:
     trainer = trainer_with(platform, folder, ONE, replay=True)
     short = [torch.zeros(60, 3, dtype=torch.int64)] * 3
     with (
-        replayed_routing(trainer.model.module, short),
+        replayed_routing(trainer.model, short),
         pytest.raises(ValueError, match=r"experts of shape \(60, 3\) given, the row has \(64, 3\) here"),
     ):
         evaluate(trainer, my_rows()[:1], sft_objective)
@@ -201,7 +201,7 @@ def misused(platform: Platform, folder: Path) -> None:
 
 def layers_with_prediction(platform: Platform, folder: Path) -> int:
     trainer = trainer_with(platform, folder, ONE, replay=True)
-    with recorded_routing(trainer.model.module) as chosen:
+    with recorded_routing(trainer.model) as chosen:
         evaluate(trainer, my_rows()[:1], sft_objective)
     return len(chosen)
 

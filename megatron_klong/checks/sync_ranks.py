@@ -36,7 +36,7 @@ def check_on_rank(job: SyncJob, platform: Platform) -> None:
     parity = [] if fleet is None else _parity(job, fleet, prompts, before)
     _require_agreement(parity, tolerance)
 
-    source = MegatronWeightSource(model.trainer.model.module, model.hf, everywhere=check.transfer == "ipc")
+    source = MegatronWeightSource(model.trainer.model, model.hf, everywhere=check.transfer == "ipc")
     init_info = trainer_init_info(check.transfer, rank, fleet, source, check.chunk_bytes)
     sync = WeightSync(source, init_info, fleet, tolerance)
     outcomes, moves, now = [], [], before

@@ -43,9 +43,9 @@ def by_megatron(checkpoint: Path) -> Model:
 
     settings = ModelConfig(hf_config=checkpoint, precision="fp32")
     device = activate().device
-    model = build_model(load_hf_config(checkpoint), ParallelConfig(), settings, row_tokens=1).to(device)
-    load_model(model, checkpoint)
-    model.eval()
+    whole = build_model(load_hf_config(checkpoint), ParallelConfig(), settings, row_tokens=1).to(device)
+    load_model(whole, checkpoint)
+    (model,) = whole.eval()
 
     def logits(ids: list[int]) -> Tensor:
         layout = row_layout(np.array([0, len(ids)]), 0, 1, device)

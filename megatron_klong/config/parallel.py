@@ -16,7 +16,11 @@ class ParallelConfig(StrictModel):
     """TP: ranks that share every layer. Above 1, sequence parallelism is on."""
 
     pipeline: int = Field(default=1, ge=1)
-    """PP: stages that the layers are cut into."""
+    """PP: ranks that the layers are spread over."""
+
+    virtual: int = Field(default=1, ge=1)
+    """VPP: stages on each pipeline rank, which take turns (interleaved 1F1B). The pipeline fills so many
+    times faster, for more that is sent and kept; micro-batches come in multiples of PP."""
 
     context: int = Field(default=1, ge=1)
     """CP: ranks that share the tokens of every row."""
@@ -33,6 +37,16 @@ class ParallelConfig(StrictModel):
         return self.nproc or self.pipeline * math.lcm(self.tensor * self.context, self.expert)
 
     @property
+    def stages(self) -> int:
+        """Parts that the layers are cut into; part ``n`` is on pipeline rank ``n % pipeline``."""
+        return self.pipeline * self.virtual
+
+    @property
+    def micro_batch_divisor(self) -> int:
+        """What the micro-batches of a step must be a multiple of: interleaved stages take PP in turn."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    @property
     def row_divisor(self) -> int:
         """What the length of a row must be a multiple of, for its ranks to share it."""
         return self.tensor * (2 * self.context if self.context > 1 else 1)
@@ -44,9 +58,14 @@ class ParallelConfig(StrictModel):
     def described(self, world_size: int) -> str:
         """For a person."""
         return (
-            f"{world_size} ranks: TP{self.tensor} CP{self.context} PP{self.pipeline} EP{self.expert} "
-            f"DP{self.data(world_size)}"
+            f"{world_size} ranks: TP{self.tensor} CP{self.context} {self.described_pipeline} "
+            f"EP{self.expert} DP{self.data(world_size)}"
         )
+
+    @property
+    def described_pipeline(self) -> str:
+        """``PP4``, or ``PP4 VPP2``."""
+        return f"PP{self.pipeline}" + (f" VPP{self.virtual}" if self.virtual > 1 else "")
 
     def check(self, world_size: int) -> None:
         """Refuse a number of ranks that the layout does not divide.
@@ -63,6 +82,8 @@ class ParallelConfig(StrictModel):
             )
 
     @model_validator(mode="after")
-    def _nproc_fits(self) -> ParallelConfig:
+    def _fits(self) -> ParallelConfig:
+        if self.virtual > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual={self.virtual} interleaves stages of a pipeline, and pipeline is 1")
         self.check(self.world_size)
         return self

@@ -360,8 +360,12 @@ class SftConfig(StrictModel):
         """Refuse a number of ranks that layout or batch do not divide (ValueError)."""
         self.parallel.check(world_size)
         ways, rows = self.parallel.data(world_size), self.training.global_batch_rows
-        if rows % ways:
+        multiple = ways * self.parallel.micro_batch_divisor
+        if rows % multiple:
+            stages = ""
+            if multiple > ways:
+                stages = f" times parallel.pipeline={self.parallel.pipeline}, as interleaved stages need"
             raise ValueError(
                 f"training.global_batch_rows={rows} is no multiple of the {ways} data-parallel "
-                f"ranks; use {(rows // ways + 1) * ways}"
+                f"ranks{stages}; use {(rows // multiple + 1) * multiple}"
             )

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from megatron_klong.model.decoder import DecoderConfig
+from megatron_klong.model.row_model import RankModel
 from megatron_klong.model.weight_map import Rule, is_prediction, put_shard, take_shard, weight_rules
 from megatron_klong.model.weights import rank_tensors
 
@@ -38,14 +38,14 @@ class MegatronWeightSource(WeightSource):
     memory beside the model.
 
     Args:
-        model: this rank's stage; its tensors are read anew in every pass.
+        model: of this rank; its tensors are read anew in every pass.
         config: the model's shape.
         everywhere: give every rank the full tensors, not only the sender, for an engine that sends
             from each rank's own GPU as vLLM's ``ipc`` does (so far used with one rank only).
             Otherwise the other ranks' tensors are empty.
     """
 
-    def __init__(self, model: GPTModel, config: DecoderConfig, *, everywhere: bool = False) -> None:
+    def __init__(self, model: RankModel, config: DecoderConfig, *, everywhere: bool = False) -> None:
         self._rules = [rule for rule in weight_rules(config).values() if not is_prediction(rule)]
         self._own = rank_tensors(model)
         self._everywhere = everywhere

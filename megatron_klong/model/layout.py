@@ -24,9 +24,10 @@ def check_layout(hf: DecoderConfig, parallel: ParallelConfig) -> None:
         divided.append(("number of experts", hf.moe.experts, "expert", parallel.expert))
     elif parallel.expert > 1:
         raise ValueError(f"parallel.expert={parallel.expert}: the model has no experts; use 1")
-    if parallel.pipeline > hf.num_hidden_layers:
+    if parallel.stages > hf.num_hidden_layers:
+        times = f" x parallel.virtual={parallel.virtual}" if parallel.virtual > 1 else ""
         raise ValueError(
-            f"parallel.pipeline={parallel.pipeline} exceeds the model's "
+            f"parallel.pipeline={parallel.pipeline}{times} exceeds the model's "
             f"num_hidden_layers={hf.num_hidden_layers}; each stage needs a layer"
         )
     for name, size, by, ways in divided:

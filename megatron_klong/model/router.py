@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
+from torch.nn import Module
+
+from megatron_klong.model.row_model import RankModel
 
 
 class Router(TopKRouter):
@@ -61,18 +63,18 @@ class Router(TopKRouter):
         return tied
 
 
-def routers(model: GPTModel) -> list[Router]:
+def routers(model: RankModel) -> list[Router]:
     """Of this rank's decoder layers, in order."""
-    return [module for module in model.decoder.modules() if isinstance(module, Router)]
+    return [module for stage in model for module in stage.decoder.modules() if isinstance(module, Router)]
 
 
-def expert_biases(model: GPTModel) -> list[Tensor]:
+def expert_biases(model: Module) -> list[Tensor]:
     """Of all routers, prediction layers included, that have one."""
     found = [module.expert_bias for module in model.modules() if isinstance(module, Router)]
     return [bias for bias in found if bias is not None]
 
 
-def begin_batch(model: GPTModel, units_per_micro_batch: float) -> None:
+def begin_batch(model: Module, units_per_micro_batch: float) -> None:
     """Before the micro-batches of a step.
 
     Args:
@@ -83,14 +85,14 @@ def begin_batch(model: GPTModel, units_per_micro_batch: float) -> None:
             module.units_per_micro_batch, module.balancing = units_per_micro_batch, None
 
 
-def balancing_sum(model: GPTModel) -> Tensor | None:
+def balancing_sum(model: RankModel) -> Tensor | None:
     """Of this rank's decoder layers and micro-batches, in parts that add up over TP and CP ranks."""
     parts = [router.balancing for router in routers(model) if router.balancing is not None]
     return torch.stack(parts).sum() if parts else None
 
 
 @contextmanager
-def recorded_routing(model: GPTModel) -> Iterator[list[Tensor]]:
+def recorded_routing(model: RankModel) -> Iterator[list[Tensor]]:
     """Within, a forward pass leaves the experts it chose: int64 ``[T, k]`` for each of :func:`routers`.
 
     The list is filled at the end, with one row: the last one that went through. T are the tokens of this
@@ -107,7 +109,7 @@ def recorded_routing(model: GPTModel) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def replayed_routing(model: GPTModel, chosen: list[Tensor]) -> Iterator[None]:
+def replayed_routing(model: RankModel, chosen: list[Tensor]) -> Iterator[None]:
     """Within, a forward pass sends tokens to the experts given, whatever the router would choose.
 
     The weights of the chosen ones are still the router's, and so is their gradient.
@@ -127,7 +129,7 @@ def replayed_routing(model: GPTModel, chosen: list[Tensor]) -> Iterator[None]:
         _end(replays)
 
 
-def _replays(model: GPTModel) -> list[RouterReplay]:
+def _replays(model: RankModel) -> list[RouterReplay]:
     found = [router.router_replay for router in routers(model)]
     if any(replay is None for replay in found):
         raise ValueError("routing replay: build the model with model.router.replay=true")

@@ -46,13 +46,17 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline rank."""
+def layer_specs(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline rank.
+
+    Args:
+        chunk: which of its stages, where it has several.
+    """
     pattern = config.moe_layer_freq
     assert isinstance(pattern, list) and len(pattern) == config.num_layers
     layers = [_layer_spec(config, bool(is_moe)) for is_moe in pattern]
-    offset = get_transformer_layer_offset(config)
-    own = layers[offset : offset + get_num_layers_to_build(config)]
+    offset = get_transformer_layer_offset(config, chunk)
+    own = layers[offset : offset + get_num_layers_to_build(config, chunk)]
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -60,11 +64,17 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=own, layer_norm=RMSNorm)
 
 
-def prediction_spec(config: TransformerConfig) -> MultiTokenPredictionBlockSubmodules | None:
-    """The multi-token prediction layers, on the last pipeline rank; they are like the last decoder layer."""
+def prediction_spec(
+    config: TransformerConfig, chunk: int | None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token prediction layers, on the last stage; they are like the last decoder layer.
+
+    Args:
+        chunk: as of :func:`layer_specs`.
+    """
     assert isinstance(config.moe_layer_freq, list)
     layer = _layer_spec(config, bool(config.moe_layer_freq[-1]))
-    block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=has_transformer_engine())
+    block = get_gpt_mtp_block_spec(config, layer, has_transformer_engine(), vp_stage=chunk)
     for spec in block.layer_specs if block is not None else ():
         spec.module = PredictionLayer
         if not has_transformer_engine():

@@ -11,7 +11,7 @@ def stage_layers(layers: int, stages: int) -> tuple[int, ...]:
 
     Args:
         layers: of the decoder, at least as many as there are stages.
-        stages: pipeline ranks.
+        stages: of all pipeline ranks.
     """
     assert 1 <= stages <= layers
     even, rest = divmod(layers, stages)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.families import FAMILIES
+from megatron_klong.model.row_model import RankModel
 from megatron_klong.model.weight_map import HfTensor, take_shard, weight_rules
 
 WeightSource = Callable[[HfTensor], Tensor]
@@ -170,7 +170,7 @@ def _fused_name(expert: re.Match[str]) -> str:
     return f"{expert['experts']}.{'down' if expert['part'] == 'down' else 'gate_up'}_proj"
 
 
-def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
+def rank_tensors(model: RankModel) -> dict[str, Tensor]:
     """Parameters and saved buffers of this rank by the map's names."""
     persistent = model.state_dict(keep_vars=True)
     return by_global_name(
@@ -178,11 +178,11 @@ def rank_tensors(model: GPTModel) -> dict[str, Tensor]:
     )
 
 
-def by_global_name(model: GPTModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_global_name(model: RankModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of this rank, which have the names of its parameters, by the map's names.
 
-    Layer and expert numbers, which Megatron counts from 0 on every pipeline and expert rank, are
-    made global, and stacked experts are given one by one (as views).
+    Layer and expert numbers, which Megatron counts from 0 in every pipeline stage and on every expert
+    rank, are made global, and stacked experts are given one by one (as views).
     """
     return {
         _global_name(model, one): part
@@ -201,7 +201,9 @@ def _unstacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _global_name(model: GPTModel, name: str) -> str:
+def _global_name(rank_model: RankModel, numbered: str) -> str:
+    stage, _, name = numbered.partition(".")
+    model = rank_model[int(stage)]
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"  # a later stage's copy
     parts = canonical_name(name).split(".")
@@ -227,10 +229,10 @@ def canonical_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, config: DecoderConfig, source: WeightSource) -> None:
+def load_weights(model: RankModel, config: DecoderConfig, source: WeightSource) -> None:
     """Fill this rank's part of the model from full tensors, at any TP, PP and EP."""
     rules = weight_rules(config)
-    tp_group = model.pg_collection.tp
+    tp_group = model[0].pg_collection.tp
     for name, tensor in rank_tensors(model).items():
         rule = rules[name]
         full = rule.join.join([source(part) for part in rule.hf])

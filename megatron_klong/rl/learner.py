@@ -39,8 +39,9 @@ class Learner:
         """One pass over a batch: old (and reference) log-probs, then ``objective.updates`` steps."""
         config, ways = self._config, parallel_state.get_data_parallel_world_size()
         updates = experience_rows(
-            batch, self._trainer.row_tokens, config.objective, ways, config.run.seed + batch.header.iteration
-        )
+            batch, self._trainer.row_tokens, config.objective, ways * self._trainer.row_multiple,
+            config.run.seed + batch.header.iteration,
+        )  # fmt: skip
         rank = parallel_state.get_data_parallel_rank()
         with at_temperature(self._trainer, config.rollout.temperature):
             mine = self._with_log_probs([rows[rank::ways] for rows in updates])
@@ -91,7 +92,7 @@ def _host_copy(trainer: Trainer) -> dict[str, Any]:
     """The weights of this rank, in host memory (pinned where there is a GPU)."""
     on_gpu = trainer.device.type == "cuda"
     copies = {}
-    for name, tensor in trainer.model.module.state_dict().items():
+    for name, tensor in trainer.model.state_dict().items():
         if isinstance(tensor, Tensor):
             copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu).copy_(tensor)
     return copies
@@ -99,6 +100,6 @@ def _host_copy(trainer: Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def _put(trainer: Trainer, weights: dict[str, Any]) -> None:
-    present = trainer.model.module.state_dict()
+    present = trainer.model.state_dict()
     for name, tensor in weights.items():
         present[name].copy_(tensor)

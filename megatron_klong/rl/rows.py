@@ -16,14 +16,15 @@ from megatron_klong.rl.objective import ExperienceRow
 
 
 def experience_rows(
-    batch: Batch, row_tokens: int, config: ObjectiveConfig, ways: int, seed: int
+    batch: Batch, row_tokens: int, config: ObjectiveConfig, multiple: int, seed: int
 ) -> list[list[ExperienceRow]]:
     """The rows of each optimizer step on a batch.
 
     Args:
         row_tokens: length of every row.
-        ways: data-parallel ranks; each step has a multiple of it, filled up with empty rows. Filling up
-            changes nothing in loss or gradients, so neither does the layout.
+        multiple: each step has a multiple of it, filled up with empty rows: so many that all data-parallel
+            ranks and interleaved stages have the same. Filling up changes nothing in loss or gradients, so
+            neither does the layout.
         seed: of the packing.
 
     Returns:
@@ -38,7 +39,7 @@ def experience_rows(
         for indices in plan
     ]
     parts = [rows[update :: config.updates] for update in range(config.updates)]
-    each = -(-max(map(len, parts)) // ways) * ways
+    each = -(-max(map(len, parts)) // multiple) * multiple
     return [part + [_row([], (), row_tokens)] * (each - len(part)) for part in parts]
 
 

@@ -84,7 +84,7 @@ def run_rl_trainer(config: RlConfig, platform: Platform) -> None:
     if saved is not None:
         progress = load_checkpoint(trainer, saved, RlProgress)
         _say(f"resumed from {saved.name}: iteration {progress.iteration} is trained on")
-    serving = Serving(config, exchange, MegatronWeightSource(trainer.model.module, hf))
+    serving = Serving(config, exchange, MegatronWeightSource(trainer.model, hf))
 
     def serve() -> Served:
         return serving.until_served(progress, score_tokens(trainer, serving.prompts))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_klong.config import AnomalyConfig
 from megatron_klong.data.rows import PackedRow
+from megatron_klong.model.weights import by_global_name
 from megatron_klong.training.step import Objective, StepResult, evaluate, forward_backward
 from megatron_klong.training.trainer import Trainer
 
@@ -186,15 +187,20 @@ def _broken_gradients(
     reduce, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     try:
         trainer.model.train()
-        trainer.model.zero_grad_buffer()
+        trainer.zero_gradients()
         forward_backward(trainer, rows, objective, forward_only=False)
+        gradients: dict[str, Tensor] = {
+            name: weight.main_grad  # type: ignore[attr-defined]
+            for name, weight in trainer.model.named_parameters()
+            if weight.requires_grad
+        }
         broken = [
             name
-            for name, weight in trainer.model.module.named_parameters()
-            if weight.requires_grad and not bool(torch.isfinite(weight.main_grad).all())
+            for name, gradient in by_global_name(trainer.model, gradients).items()
+            if not bool(torch.isfinite(gradient).all())
         ]
     finally:
         config.finalize_model_grads_func = reduce
-        reset_model_temporary_tensors(config, [trainer.model])  # what routers have counted
-        trainer.model.zero_grad_buffer()
+        reset_model_temporary_tensors(config, list(trainer.stages))  # what routers have counted
+        trainer.zero_gradients()
     return tuple(broken)

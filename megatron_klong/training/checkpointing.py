@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron_klong.platform.lifetime import to_disk
 from megatron_klong.training.background_save import BackgroundSave
 from megatron_klong.training.first_rank import on_first
-from megatron_klong.training.model_checkpoint import checkpoint_metadata
+from megatron_klong.training.model_checkpoint import checkpoint_metadata, put_model, sharded_model
 from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.trainer import Trainer
@@ -141,7 +141,7 @@ class CheckpointSaver:
                 "scheduler": trainer.scheduler.state_dict(),
                 "progress": asdict(progress),
             }
-            live = chain(trainer.model.module.parameters(), trainer.model.module.buffers())
+            live = chain(trainer.model.parameters(), trainer.model.buffers())
             self._under_way = BackgroundSave(state, unfinished, live, checkpoint_metadata()), final
         return final
 
@@ -191,23 +191,23 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
     """
     allocate_moments(trainer.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(folder))
-    trainer.model.module.load_state_dict(loaded["model"])
+    put_model(trainer.model, loaded)
     load_optimizer(trainer.optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])
     return kind.of(loaded["progress"])
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
-    model = trainer.model.module.sharded_state_dict(metadata=checkpoint_metadata())
+    model = sharded_model(trainer.model)
     optimizer = trainer.optimizer.sharded_state_dict(
         model, is_loading=is_loading, metadata=checkpoint_metadata()
     )
-    return {"model": model, "optimizer": optimizer}
+    return {**model, "optimizer": optimizer}
 
 
 def _check_finite(trainer: Trainer, step: int) -> None:
     """Refuse to save weights that no run can go on from."""
-    broken = [not bool(torch.isfinite(weight).all()) for weight in trainer.model.module.parameters()]
+    broken = [not bool(torch.isfinite(weight).all()) for weight in trainer.model.parameters()]
     count = torch.tensor(sum(broken), device=trainer.device)
     torch.distributed.all_reduce(count)
     if count.item():

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
+
+from megatron_klong.model.row_model import RankModel
 
 
 def checkpoint_metadata() -> dict[str, Any]:
@@ -23,7 +24,27 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def load_model(model: GPTModel, folder: Path) -> None:
+def load_model(model: RankModel, folder: Path) -> None:
     """Read the weights at this run's layout; all ranks take part."""
-    state = {"model": model.sharded_state_dict(metadata=checkpoint_metadata())}
-    model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
+    put_model(model, dist_checkpointing.load(sharded_model(model), str(folder)))
+
+
+def sharded_model(model: RankModel) -> dict[str, Any]:
+    """What a checkpoint holds of the model: an entry for each of this rank's stages.
+
+    The entries' names are this rank's; what is inside says its own place in the whole model.
+    """
+    return {
+        _entry(number): stage.sharded_state_dict(metadata=checkpoint_metadata())
+        for number, stage in enumerate(model)
+    }
+
+
+def put_model(model: RankModel, loaded: dict[str, Any]) -> None:
+    """Set the weights to what was loaded for :func:`sharded_model`."""
+    for number, stage in enumerate(model):
+        stage.load_state_dict(loaded[_entry(number)])
+
+
+def _entry(stage: int) -> str:
+    return f"model{stage}"

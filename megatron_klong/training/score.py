@@ -39,6 +39,7 @@ def score_tokens(trainer: Trainer, prompts: Sequence[Sequence[int]]) -> list[tup
         return log_probs_R.sum() * 0
 
     rows = [fill_row([_sample(prompt)], trainer.row_tokens) for prompt in prompts]
+    rows += [fill_row([], trainer.row_tokens)] * (-len(rows) % trainer.row_multiple)
     evaluate(trainer, rows, keep)
     shared = [seen]
     stages = parallel_state.get_pipeline_model_parallel_group()

@@ -222,8 +222,8 @@ class SftLoop:
 def _held_out_rows(config: SftConfig, sources: Mapping[str, SourceWindows]) -> dict[str, list[PackedRow]]:
     """By source, this rank's part of the first rows of its held-out data, filled up with empty rows.
 
-    All ranks need equally many: expert-parallel ranks of different data-parallel ranks meet in
-    every layer.
+    All ranks need equally many, as many as their stages can take: expert-parallel ranks of different
+    data-parallel ranks meet in every layer.
     """
     rank, ways = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = {}
@@ -231,7 +231,8 @@ def _held_out_rows(config: SftConfig, sources: Mapping[str, SourceWindows]) -> d
         if source.validation is not None:
             rows = PackedRows(source.validation, config.data.row_length, 0, passes=1)
             count = min(config.training.eval_rows, rows.total)
-            padded = -(-count // ways) * ways
+            multiple = ways * config.parallel.micro_batch_divisor
+            padded = -(-count // multiple) * multiple
             found[name] = [
                 rows.row(place) if place < count else rows.empty for place in range(rank, padded, ways)
             ]

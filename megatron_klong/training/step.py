@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_klong.data.rows import PackedRow
-from megatron_klong.model.gpt import RowModel
 from megatron_klong.model.router import balancing_sum, begin_batch, expert_biases
+from megatron_klong.model.row_model import RankModel, RowModel
 from megatron_klong.training.row_inputs import row_inputs, whole_row
 from megatron_klong.training.trainer import Trainer
 
@@ -106,9 +106,8 @@ def train_step(
         accepts: decides, on every rank alike, whether weights are updated; the schedule goes on either way.
     """
     trainer.model.train()
-    trainer.model.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    biases = [(bias, bias.clone()) for bias in expert_biases(trainer.model.module)]
+    trainer.zero_gradients()
+    biases = [(bias, bias.clone()) for bias in expert_biases(trainer.model)]
     sums = forward_backward(trainer, rows, objective, forward_only=False)
     # Advanced before the update, so that the first step already has a rate above 0.
     trainer.scheduler.step(increment=1)
@@ -142,20 +141,22 @@ def evaluate(trainer: Trainer, rows: Sequence[Row], objective: Objective[Row]) -
 def forward_backward(
     trainer: Trainer, rows: Sequence[Row], objective: Objective[Row], *, forward_only: bool
 ) -> BatchSums:
-    """Run Megatron's pipeline schedule over the rows, one micro-batch each.
+    """Run Megatron's pipeline schedule over the rows, one micro-batch each; they must be a multiple of
+    ``ParallelConfig.micro_batch_divisor``.
 
     Unless ``forward_only``, gradients of the mean over the global batch's units are left in the model's
     buffers, summed over all ranks.
     """
     counted = _counts(trainer, rows)
     micro_batches = len(rows) * parallel_state.get_data_parallel_world_size()
-    model = trainer.model.module
+    model = trainer.model
     begin_batch(model, counted.units / max(micro_batches, 1))
-    model.prediction_loss_sum = 0.0
+    for stage in model:
+        stage.prediction_loss_sum = 0.0
     losses: list[Tensor] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, trainer, objective),
-        data_iterator=iter(rows),
-        model=[trainer.model],
+        data_iterator=[iter(rows) for _ in model],  # every stage sees every row
+        model=list(trainer.stages),
         num_microbatches=len(rows),
         seq_length=trainer.row_tokens,
         micro_batch_size=1,
@@ -178,16 +179,16 @@ def forward_backward(
 
 
 def _side_losses(
-    model: RowModel, micro_batches: int, trained_tokens: int
+    model: RankModel, micro_batches: int, trained_tokens: int
 ) -> tuple[float | None, float | None]:
     """What was added to the gradient beside the objective: of prediction layers, and of the routers."""
-    has_prediction = model.config.mtp_num_layers and model.trains_prediction
+    has_prediction = model.config.mtp_num_layers and model[-1].trains_prediction
     has_balancing = bool(model.config.num_moe_experts) and model.config.moe_aux_loss_coeff > 0
     if not (model.training and torch.is_grad_enabled() and (has_prediction or has_balancing)):
         return None, None
     own = balancing_sum(model)
     device = next(model.parameters()).device
-    prediction = torch.as_tensor(model.prediction_loss_sum, dtype=torch.float64, device=device)
+    prediction = torch.as_tensor(model[-1].prediction_loss_sum, dtype=torch.float64, device=device)
     balancing = torch.as_tensor(0.0 if own is None else own, dtype=torch.float64, device=device)
     both = torch.stack([prediction, balancing])
     data = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -201,8 +202,8 @@ def _side_losses(
     )
 
 
-def _prediction_depth(model: DistributedDataParallel) -> int:
-    trains = model.module.computes_prediction and model.training and torch.is_grad_enabled()
+def _prediction_depth(model: RowModel) -> int:
+    trains = model.computes_prediction and model.training and torch.is_grad_enabled()
     return model.config.mtp_num_layers if trains else 0
 
 
@@ -226,13 +227,13 @@ def _counts(trainer: Trainer, rows: Sequence[PackedRow]) -> _Counts:
 
 
 def _forward_step(
-    trainer: Trainer, objective: Objective[Row], rows: Iterator[Row], model: DistributedDataParallel
+    trainer: Trainer, objective: Objective[Row], rows: Iterator[Row], stage: DistributedDataParallel
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: the model's output and how to make a loss of it."""
     trainer.on_row()
     row, device = next(rows), trainer.device
-    inputs = row_inputs(row, _prediction_depth(model), device)
-    output = model(inputs.tokens_1T, inputs.layout, inputs.target, inputs.predicted)
+    inputs = row_inputs(row, _prediction_depth(stage.module), device)
+    output = stage(inputs.tokens_1T, inputs.layout, inputs.target, inputs.predicted)
 
     def loss_of(token_losses_1T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask_R = torch.from_numpy(row.loss_mask_R).to(device)

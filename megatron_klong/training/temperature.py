@@ -14,9 +14,9 @@ def at_temperature(trainer: Trainer, temperature: float) -> Iterator[None]:
 
     What enters the output layer is divided, which is the same, since it has no bias.
     """
-    model = trainer.model.module
-    before, model.temperature = model.temperature, temperature
+    head = trainer.model[-1]
+    before, head.temperature = head.temperature, temperature
     try:
         yield
     finally:
-        model.temperature = before
+        head.temperature = before

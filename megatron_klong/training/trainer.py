@@ -20,8 +20,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_klong.config import OptimizerConfig, TrainerSettings
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.gpt import RowModel, build_model
+from megatron_klong.model.gpt import build_model
 from megatron_klong.model.hf_config import config_json
+from megatron_klong.model.row_model import RankModel
 from megatron_klong.model.weights import check_known, load_weights, random_weights, safetensors_weights
 from megatron_klong.platform import Platform
 from megatron_klong.training.model_checkpoint import is_checkpoint, load_model
@@ -32,22 +33,32 @@ class Trainer:
     """Everything that a step changes.
 
     Attributes:
-        model: this rank's stage under Megatron's data parallelism.
+        model: this rank's pipeline stages.
+        stages: each of them under Megatron's data parallelism.
         optimizer: Megatron's distributed optimizer.
         scheduler: learning rate and weight decay by step.
         device: where batches go.
         row_tokens: length of every row.
+        row_multiple: what the rows of a data-parallel rank must be a multiple of.
         hf_config: the model's `config.json`, which goes into every checkpoint.
         on_row: called before every micro-batch.
     """
 
-    model: DistributedDataParallel
+    model: RankModel
+    stages: tuple[DistributedDataParallel, ...]
     optimizer: Any
     scheduler: OptimizerParamScheduler
     device: torch.device
     row_tokens: int
+    row_multiple: int
     hf_config: Path
     on_row: Callable[[], None] = lambda: None
+
+    def zero_gradients(self) -> None:
+        """Of all parameters, and what the optimizer has made of them."""
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
 
 def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platform) -> Trainer:
@@ -56,19 +67,19 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
         _choose_deterministic_kernels()
     model = build_model(hf, settings.parallel, settings.model, settings.row_tokens).to(platform.device)
     _first_weights(model, settings, hf)
-    wrapped = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        model,
-    )
+    data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    stages = [DistributedDataParallel(model.config, data_parallel, stage) for stage in model]
     optimizer = get_megatron_optimizer(
-        _optimizer_config(settings.optimizer, model.config.params_dtype), [wrapped]
+        _optimizer_config(settings.optimizer, model.config.params_dtype), stages
     )
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
     config_file = config_json(settings.model.shape)
-    return Trainer(wrapped, optimizer, scheduler, platform.device, settings.row_tokens, config_file)
+    return Trainer(
+        model, tuple(stages), optimizer, scheduler, platform.device, settings.row_tokens,
+        settings.parallel.micro_batch_divisor, config_file,
+    )  # fmt: skip
 
 
 def _choose_deterministic_kernels() -> None:
@@ -79,7 +90,7 @@ def _choose_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _first_weights(model: RowModel, settings: TrainerSettings, hf: DecoderConfig) -> None:
+def _first_weights(model: RankModel, settings: TrainerSettings, hf: DecoderConfig) -> None:
     """The weights that a run starts from: fresh, of a Hugging Face folder, or of a checkpoint."""
     weights = settings.model.weights
     if weights is None:
