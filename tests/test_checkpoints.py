@@ -82,14 +82,15 @@ def forget(run: Path, step: int) -> None:
 def test_a_run_goes_on_at_other_layouts_with_the_losses_it_would_have_had(
     ranks: RankPool, domain_store: Path, tmp_path: Path
 ) -> None:
-    """TP2 PP2 EP2, then TP1 EP4, then DP4: pieces of weights and moments change hands twice."""
+    """TP2 PP2 EP2, then PP2 VPP2 EP2, then EP4: pieces of weights and moments change hands twice."""
     run, keep = tmp_path / "run", "training.keep_last=9"
     assert (
         ranks.run(run_on_rank, TWO_STAGES, 4, config=config(domain_store, run, TWO_STAGES, keep))
         == [None] * 4
     )
     expected = losses(run)
-    for step, layout in ((2, ParallelConfig(expert=4, nproc=4)), (4, ParallelConfig(nproc=4))):
+    interleaved = ParallelConfig(pipeline=2, virtual=2, expert=2, nproc=4)
+    for step, layout in ((2, interleaved), (4, ParallelConfig(expert=4, nproc=4))):
         forget(run, step)
         assert ranks.run(run_on_rank, layout, 4, config=config(domain_store, run, layout, keep)) == [None] * 4
         assert [each[0] for each in losses(run)] == [1, 2, 3, 4, 5, 6]

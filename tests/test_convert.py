@@ -215,7 +215,7 @@ def train_and_dump(platform: Platform, folder: Path, out: Path, parallel: Parall
         train_step(trainer, rows, sft_objective)
     save_checkpoint(trainer, SftProgress(2), out, keep_last=1)
     model = trainer.model
-    group = model.pg_collection.tp
+    group = model[0].pg_collection.tp
     held = {name: tensor.detach().clone() for name, tensor in rank_tensors(model).items()}
     torch.save((group.rank(), group.size(), held), out / f"rank-{torch.distributed.get_rank()}.pt")
 
@@ -269,7 +269,7 @@ def first_loss(platform: Platform, folder: Path, parallel: ParallelConfig) -> fl
     ("family", "parallel"),
     [
         ("glm-prediction", FULL),
-        ("glm", ParallelConfig(pipeline=4)),
+        ("glm", ParallelConfig(pipeline=2, virtual=2)),
         ("glm", ParallelConfig(expert=4)),
         ("qwen3-tied", ParallelConfig(tensor=2, pipeline=2)),
     ],

@@ -387,6 +387,7 @@ LAYOUTS = [
     (FULL, 4, True),
     (ParallelConfig(tensor=2, expert=2), 4, False),
     (ParallelConfig(pipeline=4), 4, True),
+    (ParallelConfig(pipeline=2, virtual=2), 2, False),
     (ParallelConfig(expert=4), 4, False),
     (ParallelConfig(), 2, False),
     (ParallelConfig(), 1, True),

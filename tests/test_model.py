@@ -156,7 +156,7 @@ def influence(platform: Platform, folder: Path) -> np.ndarray:
         inputs.append(output.detach().requires_grad_(True))
         return inputs[-1]
 
-    trainer.model.embedding.register_forward_hook(keep)
+    trainer.model[0].embedding.register_forward_hook(keep)
     first, second = reference.random_samples(1, 30, 20)
     row = reference.packed([[first, second]])[0]
     row.loss_mask_R[:30] = 0

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from typer.testing import CliRunner, Result
 
 from megatron_klong.cli import app
@@ -26,9 +28,10 @@ from megatron_klong.config import (
 )
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
-from megatron_klong.model.parameters import parameter_counts, stage_parameters
+from megatron_klong.model.parameters import parameter_counts, rank_parameters
 from megatron_klong.model.stages import stage_layers
 from megatron_klong.planner.memory import NO_OVERHEADS, MemoryModel
+from megatron_klong.planner.schedule import backward_moments
 from megatron_klong.planner.search import Question, plan_layout, search
 from tests.test_sft import ROOT, arguments
 
@@ -87,7 +90,7 @@ def test_ranks_together_hold_the_model(model: str) -> None:
     for tensor, pipeline, expert in itertools.product((1, 2), (1, 2), (1, 2) if hf.moe else (1,)):
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
         check_layout(hf, parallel)
-        stages = stage_parameters(hf, parallel)
+        stages = rank_parameters(hf, parallel)
         norms_and_routers = (
             sum(
                 2 * hf.hidden_size
@@ -102,6 +105,41 @@ def test_ranks_together_hold_the_model(model: str) -> None:
         words = hf.vocab_size * hf.hidden_size
         copies = words if pipeline > 1 and (hf.tie_word_embeddings or hf.prediction_layers) else 0
         assert dense + experts == whole.total + copies
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "micro_batches"),
+    [
+        *itertools.product((2, 4), (1,), (2, 3, 4, 8, 24)), *itertools.product((2, 4), (2, 3), (4, 8, 24)),
+        (3, 2, 3), (3, 2, 12),
+    ],
+)  # fmt: skip
+def test_what_is_under_way_is_megatrons(pipeline: int, virtual: int, micro_batches: int) -> None:
+    """Its own tables of the order, and of how many forward passes come first."""
+    for rank in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank)
+        communicator: Any = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+        )
+        total, _, warm_up, _ = get_pp_rank_microbatches(
+            micro_batches, virtual, pipeline, p2p_communicator=communicator
+        )
+        order = [stage for _, stage in get_schedule_table(micro_batches, virtual, pipeline)]
+        passes = [("forward", stage) for stage in order[:warm_up]]
+        for place, stage in enumerate(order):
+            passes += [("forward", each) for each in order[warm_up + place : warm_up + place + 1]]
+            passes.append(("backward", virtual - 1 - stage))
+        expected, kept = set(), [0] * virtual
+        for kind, stage in passes:
+            if kind == "backward":
+                expected.add((stage, tuple(kept)))
+            kept[stage] += 1 if kind == "forward" else -1
+        assert len(passes) == 2 * total and kept == [0] * virtual
+        found = set(backward_moments(pipeline, virtual, micro_batches, rank))
+        assert found <= expected
+        # Those that are left out come when the step runs out, and have less under way.
+        most = {stage: max(sum(k) for s, k in expected if s == stage) for stage in range(virtual)}
+        assert most == {stage: max(sum(k) for s, k in found if s == stage) for stage in range(virtual)}
 
 
 PUBLISHED_STATES = [
@@ -119,7 +157,7 @@ def test_states_are_as_seen_by_others(
     settings = ModelConfig.model_validate({"preset": model, "recompute": "full"})
     (stage,) = MemoryModel(
         hf, parallel, settings, ranks, 4096, 4, "transformer-engine", 1.0, NO_OVERHEADS
-    ).stages()
+    ).pipeline()
     assert least <= (stage.weights + stage.gradients + stage.optimizer) / 1e9 <= most
 
 
@@ -132,7 +170,7 @@ def test_activations_are_as_measured_by_others() -> None:
     settings = ModelConfig.model_validate({"preset": QWEN_30B})
     (stage,) = MemoryModel(
         hf, ParallelConfig(expert=16), settings, 16, 4096, 64, "transformer-engine", 1.0, NO_OVERHEADS
-    ).stages()
+    ).pipeline()
     beside_states = stage.activations + stage.temporary + stage.logits + stage.communication
     assert beside_states == pytest.approx(62.166 * GIB - 32.5e9, rel=0.1)
 
@@ -193,7 +231,7 @@ def test_json_is_for_machines() -> None:
     best = said["layouts"][0]
     assert best["fits"] and sum(best["memory_bytes"].values()) == best["memory_bytes_total"]
     assert best["tensor"] * best["context"] * best["pipeline"] * best["data"] == 64
-    assert not said["not_fitting"][0]["fits"] and "stage" in said["not_fitting"][0]["reason"]
+    assert not said["not_fitting"][0]["fits"] and "rank" in said["not_fitting"][0]["reason"]
 
 
 def test_settings_are_those_of_a_run(tmp_path: Path) -> None:
@@ -207,7 +245,7 @@ def test_settings_are_those_of_a_run(tmp_path: Path) -> None:
     check_layout(load_hf_config(settings.shape), parallel)
     shown = next(line for line in result.output.splitlines() if line.startswith("TP"))
     assert shown.startswith(
-        f"TP{parallel.tensor} CP{parallel.context} PP{parallel.pipeline} EP{parallel.expert}"
+        f"TP{parallel.tensor} CP{parallel.context} {parallel.described_pipeline} EP{parallel.expert}"
     )
 
 
@@ -286,6 +324,8 @@ def test_a_run_that_cannot_fit_is_refused(domain_store: Path, tmp_path: Path) ->
     )  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: parallel: 4 ranks: TP2 CP1 PP2 EP2 DP1 does not fit: stage ")
+    assert done.stderr.startswith(
+        "error: parallel: 4 ranks: TP2 CP1 PP2 EP2 DP1 does not fit: pipeline rank "
+    )
     assert "no layout of 4 ranks fits" in done.stderr and "run.check_memory=false" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from megatron_klong.data.windows import TrainingSample
 from megatron_klong.model import attention
 from megatron_klong.model.experts import GroupedExperts
 from megatron_klong.model.hf_config import load_hf_config
-from megatron_klong.model.parameters import stage_parameters
+from megatron_klong.model.parameters import rank_parameters
 from megatron_klong.planner.activations import rank_tokens
 from megatron_klong.planner.memory import NO_OVERHEADS, MemoryModel
 from megatron_klong.platform import Platform
@@ -34,7 +34,7 @@ from megatron_klong.training.trainer import Trainer, build_trainer
 from tests.ranks import RankPool
 
 ROW_TOKENS = 1024
-ROWS = 3
+ROWS = 4
 GLM = {
     "model_type": "glm4_moe", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
@@ -66,6 +66,8 @@ CASES: list[tuple[dict[str, Any], tuple[int, ParallelConfig], dict[str, Any]]] =
     (GLM | {"moe_intermediate_size": 512}, at(1), {"precision": "fp32"}),
     (GLM, at(2, context=2, expert=2), {}),
     (GLM, at(3, pipeline=3), {"recompute": ("shared_experts",)}),
+    (GLM, at(2, pipeline=2, virtual=2), {}),
+    (GLM, at(4, tensor=2, pipeline=2, virtual=2, expert=2), {"recompute": ("moe",)}),
     (GLM, at(4, tensor=2, pipeline=2, expert=2), {}),
     (GLM, at(4, context=2, pipeline=2, expert=2), {"recompute": ("moe",)}),
     (QWEN, at(4, tensor=2, pipeline=2, expert=2), {"recompute": "full"}),
@@ -155,7 +157,7 @@ def standing(trainer: Trainer) -> dict[str, int]:
         each for each in (*state, *held)
         if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in owned
     ]  # fmt: skip
-    buffers = [*trainer.model.buffers, *trainer.model.expert_parallel_buffers]
+    buffers = [each for stage in trainer.stages for each in (*stage.buffers, *stage.expert_parallel_buffers)]
     return {
         "weights": storage_bytes(weights),
         "gradients": storage_bytes(buffer.grad_data for buffer in buffers),
@@ -194,7 +196,7 @@ def measured(
     ("shape", "layout", "model"), CASES,
     ids=lambda value: value["model_type"] if isinstance(value, dict) and "model_type" in value
     else "-".join(map(str, value.values())) or "plain" if isinstance(value, dict)
-    else f"TP{value[1].tensor}CP{value[1].context}PP{value[1].pipeline}EP{value[1].expert}of{value[0]}",
+    else value[1].described(value[0]).replace(" ", ""),
 )  # fmt: skip
 def test_memory_is_what_ranks_allocate(
     ranks: RankPool, tmp_path: Path, shape: dict[str, Any], layout: tuple[int, ParallelConfig],
@@ -205,13 +207,13 @@ def test_memory_is_what_ranks_allocate(
     world, parallel = layout
     hf = load_hf_config(tmp_path)
     settings = ModelConfig.model_validate({"hf_config": tmp_path, **model})
-    held = stage_parameters(hf, parallel)
+    held = rank_parameters(hf, parallel)
     answers = ranks.run(measured, parallel, world, folder=tmp_path, parallel=parallel, model=model)
     for stage, counts, imbalance, real in answers:
         planned = MemoryModel(
             hf, parallel, settings, world, ROW_TOKENS, ROWS, "torch", imbalance, NO_OVERHEADS
         )
-        said = asdict(planned.stages()[stage])
+        said = asdict(planned.pipeline()[stage])
         standing_kinds = ("weights", "gradients", "optimizer")
         said["step"] = sum(said.values()) - sum(said[kind] for kind in standing_kinds)
         assert counts == held[stage].decoder.total + held[stage].prediction.total

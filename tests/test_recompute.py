@@ -26,7 +26,7 @@ from tests.families import ReferenceModel, changed
 from tests.ranks import RankPool
 
 ONE = ParallelConfig()
-SHARED = ParallelConfig(tensor=2, pipeline=2, expert=2)
+SHARED = ParallelConfig(tensor=2, pipeline=2, virtual=2, expert=2)
 WAYS: list[dict[str, Any]] = [
     {"recompute": "full"},
     {"recompute": "full", "recompute_layers": 1},

@@ -256,6 +256,7 @@ def test_gradients_are_those_of_the_policy_gradient(
 LAYOUTS = [
     (ParallelConfig(expert=2), 2),
     (ParallelConfig(tensor=2, pipeline=2, expert=2), 4),
+    (ParallelConfig(pipeline=2, virtual=2), 2),
     (ParallelConfig(expert=4), 4),
     (ParallelConfig(context=2), 2),
 ]

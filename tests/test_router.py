@@ -43,13 +43,14 @@ def my_rows() -> list[PackedRow]:
 
 def router_gradients(
     platform: Platform, folder: Path, parallel: ParallelConfig, **router: object
-) -> tuple[float | None, list[Tensor]]:
-    """The balancing loss, and the gradients of this rank's routers after one batch."""
+) -> tuple[float | None, dict[int, Tensor]]:
+    """The balancing loss, and the gradients of this rank's routers by layer, after one batch."""
     trainer = trainer_with(platform, folder, parallel, **router)
     trainer.zero_gradients()
     sums = forward_backward(trainer, my_rows(), sft_objective, forward_only=False)
     gather_gradients(trainer)
-    return sums.balancing_loss, [each.weight.main_grad.clone() for each in routers(trainer.model)]
+    gradients = {each.layer_number: each.weight.main_grad.clone() for each in routers(trainer.model)}
+    return sums.balancing_loss, gradients
 
 
 def hidden_before_routers(model: Any, row: PackedRow) -> list[Tensor]:
@@ -99,9 +100,10 @@ def expected_balancing(kind: str) -> tuple[float, list[Tensor]]:
         ("aux_loss", ParallelConfig(context=2), 2),
         ("aux_loss", ONE, 2),
         ("aux_loss", ParallelConfig(pipeline=2), 2),
+        ("aux_loss", ParallelConfig(pipeline=2, virtual=2), 2),
         ("global_aux_loss", ONE, 4),
     ],
-    ids=["one", "TP2EP2", "CP2", "DP2", "PP2", "global-DP4"],
+    ids=["one", "TP2EP2", "CP2", "DP2", "PP2", "PP2VPP2", "global-DP4"],
 )
 def test_the_balancing_loss_is_its_formula_whatever_is_masked(
     ranks: RankPool, weights: Path, kind: str, parallel: ParallelConfig, world: int
@@ -111,9 +113,12 @@ def test_the_balancing_loss_is_its_formula_whatever_is_masked(
     options = {"balancing": kind, "balancing_coefficient": 0.5}
     on = ranks.run(router_gradients, parallel, world, folder=weights, parallel=parallel, **options)
     loss, expected = expected_balancing(kind)
-    stages = [(on[0], off[0])] if parallel.pipeline == 1 else list(zip(on, off))
-    added = [a - b for (_, with_loss), (_, without) in stages for a, b in zip(with_loss, without)]
-    for ours, gradient in zip(added, expected, strict=True):
+    added = {
+        layer: gradient - without[layer]
+        for (_, with_loss), (_, without) in zip(on, off)
+        for layer, gradient in with_loss.items()
+    }
+    for (_, ours), gradient in zip(sorted(added.items()), expected, strict=True):
         assert float((ours - gradient).norm() / gradient.norm()) < 1e-4
     assert {reported for reported, _ in off} == {None}
     assert all(reported == pytest.approx(loss, rel=1e-5) for reported, _ in on)
@@ -184,10 +189,10 @@ def test_given_experts_are_used(ranks: RankPool, weights: Path) -> None:
 
 
 def misused(platform: Platform, folder: Path) -> None:
-    without = trainer_with(platform, folder, ONE).model.module
+    without = trainer_with(platform, folder, ONE).model
     with pytest.raises(ValueError, match=r"build the model with model\.router\.replay=true"):
         recorded_routing(without).__enter__()
-    able = trainer_with(platform, folder, ONE, replay=True).model.module
+    able = trainer_with(platform, folder, ONE, replay=True).model
     with pytest.raises(ValueError, match=r"1 layers given, the model has 3 here"):
         replayed_routing(able, [torch.zeros(64, 3, dtype=torch.int64)]).__enter__()
     trainer = trainer_with(platform, folder, ONE, replay=True)

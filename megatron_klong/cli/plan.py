@@ -106,11 +106,12 @@ def _serving_devices(task: str, gpus: int, serving: int | None) -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A layout in JSON; bytes by kind are of the stage that needs most."""
+    """A layout in JSON; bytes by kind are of the pipeline rank that needs most."""
 
     tensor: int
     context: int
     pipeline: int
+    virtual: int
     expert: int
     data: int
     recompute: Recompute
@@ -145,9 +146,10 @@ def _answer(
     def layouts(plans: tuple[LayoutPlan, ...]) -> tuple[_Layout, ...]:
         return tuple(
             _Layout(
-                each.parallel.tensor, each.parallel.context, each.parallel.pipeline, each.parallel.expert,
-                each.parallel.data(question.ranks), each.recompute, each.micro_batches, each.fits,
-                each.reason, each.fullest, each.fullest.total, each.time.total, each.tokens_per_second,
+                each.parallel.tensor, each.parallel.context, each.parallel.pipeline, each.parallel.virtual,
+                each.parallel.expert, each.parallel.data(question.ranks), each.recompute, each.micro_batches,
+                each.fits, each.reason, each.fullest, each.fullest.total, each.time.total,
+                each.tokens_per_second,
             )
             for each in plans[:show]
         )  # fmt: skip
@@ -165,11 +167,11 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
     )
     kinds = [field.name for field in fields(RankMemory)]
     if found.fitting:
-        print(f"{len(found.fitting)} layouts fit. GB of the fullest stage, tokens/s by the cost model:\n")
+        print(f"{len(found.fitting)} layouts fit. GB of the fullest rank, tokens/s by the cost model:\n")
         short = {"optimizer": "optim", "activations": "activ", "temporary": "temp", "communication": "comm"}
         heads = [short.get(kind, kind)[:7] for kind in kinds]
         print(
-            f"{'layout':<26} {'recompute':<28}"
+            f"{'layout':<31} {'recompute':<28}"
             + "".join(f"{head:>8}" for head in heads)
             + "   total  tok/s/GPU"
         )
@@ -178,7 +180,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
             numbers = "".join(f"{getattr(memory, kind) / _GB:8.1f}" for kind in kinds)
             speed = each.tokens_per_second / question.ranks
             print(
-                f"{_short(each, question.ranks):<26} {_recompute(each.recompute):<28}{numbers}"
+                f"{_short(each, question.ranks):<31} {_recompute(each.recompute):<28}{numbers}"
                 f"{memory.total / _GB:8.1f}{speed:11,.0f}"
             )
     else:
@@ -205,7 +207,7 @@ def _print_serving(servers: Serving | None, gpus: int, question: Question) -> No
 def _short(each: LayoutPlan, ranks: int) -> str:
     parallel = each.parallel
     return (
-        f"TP{parallel.tensor} CP{parallel.context} PP{parallel.pipeline} EP{parallel.expert} "
+        f"TP{parallel.tensor} CP{parallel.context} {parallel.described_pipeline} EP{parallel.expert} "
         f"DP{parallel.data(ranks)}"
     )
 
@@ -226,7 +228,7 @@ def settings_text(best: LayoutPlan, question: Question, servers: Serving | None)
         "model": {**shape, "precision": question.model.precision, "recompute": recompute,
                   "prediction": question.model.prediction},
         "parallel": {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline,
-                     "expert": parallel.expert},
+                     "virtual": parallel.virtual, "expert": parallel.expert},
         **(_sft_rows(question) if servers is None else _rl_rows(question, servers)),
     }  # fmt: skip
     return yaml.safe_dump(values, sort_keys=False)

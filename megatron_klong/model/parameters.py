@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from megatron_klong.config import ParallelConfig
 from megatron_klong.model.decoder import DecoderConfig, MoeConfig
@@ -34,16 +35,16 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class StageParameters:
-    """What each rank of a pipeline stage holds.
+class RankParameters:
+    """What each rank of a place in the pipeline holds.
 
     Attributes:
-        layers: numbers of its decoder layers.
+        stages: numbers of the decoder layers of each of its stages.
         decoder: parameters of these, of embedding, final norm and head.
-        prediction: of multi-token prediction layers, on the last stage.
+        prediction: of multi-token prediction layers, on the last rank.
     """
 
-    layers: range
+    stages: tuple[range, ...]
     decoder: Parameters
     prediction: Parameters
 
@@ -65,22 +66,24 @@ class ParameterCounts:
 
 def parameter_counts(hf: DecoderConfig) -> ParameterCounts:
     """Of the whole model."""
-    (whole,) = stage_parameters(hf, ParallelConfig())
+    (whole,) = rank_parameters(hf, ParallelConfig())
     moe, idle = hf.moe, 0
     if moe is not None:
         idle = whole.decoder.experts // moe.experts * (moe.experts - moe.top_k)
     return ParameterCounts(whole.decoder.total, whole.decoder.total - idle, whole.prediction.total)
 
 
-def stage_parameters(hf: DecoderConfig, parallel: ParallelConfig) -> tuple[StageParameters, ...]:
-    """Of every pipeline stage, in order. The layout must fit the model (``model.layout.check_layout``)."""
-    stages, first = [], 0
-    counts = stage_layers(hf.num_hidden_layers, parallel.pipeline)
-    for stage, count in enumerate(counts):
-        layers = range(first, first + count)
-        first += count
-        is_first, is_last = stage == 0, stage == len(counts) - 1
-        held = sum((_layer(hf, hf.is_moe_layer(n), parallel) for n in layers), Parameters())
+def rank_parameters(hf: DecoderConfig, parallel: ParallelConfig) -> tuple[RankParameters, ...]:
+    """Of every pipeline rank, in order. The layout must fit the model (``model.layout.check_layout``)."""
+    ends = [0, *accumulate(stage_layers(hf.num_hidden_layers, parallel.stages))]
+    stages = [range(start, end) for start, end in pairwise(ends)]
+    is_moe = [hf.is_moe_layer(n) for n in range(ends[-1])]
+    kinds = {kind: _layer(hf, kind, parallel) for kind in set(is_moe)}
+    ranks = []
+    for rank in range(parallel.pipeline):
+        own = tuple(stages[rank :: parallel.pipeline])
+        is_first, is_last = rank == 0, rank == parallel.pipeline - 1
+        held = sum((kinds[is_moe[n]] for layers in own for n in layers), Parameters())
         vocabulary = hf.vocab_size // parallel.tensor * hf.hidden_size
         if is_first:
             held += Parameters(dense=vocabulary)
@@ -90,8 +93,8 @@ def stage_parameters(hf: DecoderConfig, parallel: ParallelConfig) -> tuple[Stage
             if hf.prediction_layers and not is_first:
                 held += Parameters(dense=vocabulary)  # the prediction layers look up embeddings too
         prediction = _prediction(hf, parallel) if is_last else Parameters()
-        stages.append(StageParameters(layers, held, prediction))
-    return tuple(stages)
+        ranks.append(RankParameters(own, held, prediction))
+    return tuple(ranks)
 
 
 def _layer(hf: DecoderConfig, is_moe: bool, parallel: ParallelConfig) -> Parameters:

@@ -75,12 +75,11 @@ class Activations:
         """Bytes of hidden states between layers: S x H."""
         return self.size * self.tokens.shared * self.hf.hidden_size
 
-    def layer(self, layer: int, recompute: Recompute) -> int:
-        """Of a decoder layer of which something is computed again."""
+    def layer(self, is_moe: bool, recompute: Recompute) -> int:
+        """Of a decoder layer, with experts or dense, of which something is computed again."""
         if recompute == "full":
             return self.states
         modules = recompute if isinstance(recompute, tuple) else ()
-        is_moe = self.hf.is_moe_layer(layer)
         norm = self._norm_recomputed if "layernorm" in modules and not self._fused(is_moe) else self._norm
         first = self._norm_recomputed if "layernorm" in modules and self.kernels == "torch" else self._norm
         return (
@@ -90,7 +89,7 @@ class Activations:
 
     def prediction(self) -> int:
         """Of one multi-token prediction layer: two norms, both states side by side, a layer, a norm."""
-        own_layer = self.layer(self.hf.num_hidden_layers, self.model.recompute)
+        own_layer = self.layer(self.hf.is_moe_layer(self.hf.num_hidden_layers), self.model.recompute)
         return 3 * self._norm() + 2 * self.states + own_layer + self._head_input()
 
     def first_stage(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_klong.config import ModelConfig, ParallelConfig, Recompute
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.parameters import StageParameters, stage_parameters
+from megatron_klong.model.parameters import RankParameters, rank_parameters
 from megatron_klong.planner.activations import WEIGHT_BYTES, Activations, Kernels, rank_tokens
+from megatron_klong.planner.schedule import backward_moments
 
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
@@ -79,6 +81,24 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
+class _LayerMemory:
+    """Bytes of a decoder layer: kept until its backward pass, and needed in it beside what is kept."""
+
+    kept: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class _StageMemory:
+    """Bytes of a pipeline stage: of a forward pass that is kept, in its backward pass, and what logits need
+    beyond that."""
+
+    kept: int
+    temporary: int
+    logits: int
+
+
+@dataclass(frozen=True)
 class MemoryModel:
     """A model at a layout.
 
@@ -104,23 +124,27 @@ class MemoryModel:
     imbalance: float
     overheads: Overheads = OVERHEADS
 
-    def stages(self) -> tuple[RankMemory, ...]:
-        """Of a rank of every pipeline stage."""
-        held = stage_parameters(self.hf, self.parallel)
-        return tuple(self._stage(number, stage) for number, stage in enumerate(held))
+    def pipeline(self) -> tuple[RankMemory, ...]:
+        """Of a rank of every place in the pipeline."""
+        places = rank_parameters(self.hf, self.parallel)
+        stages = self._stages([layers for held in places for layers in held.stages])
+        return tuple(
+            self._rank(place, held, [stages[layers] for layers in held.stages])
+            for place, held in enumerate(places)
+        )
 
-    def _stage(self, number: int, held: StageParameters) -> RankMemory:
-        is_last = number == self.parallel.pipeline - 1
+    def _rank(self, place: int, held: RankParameters, stages: Sequence[_StageMemory]) -> RankMemory:
+        is_last = place == self.parallel.pipeline - 1
         trains_prediction = is_last and self.model.prediction == "train"
         trained = held.decoder + held.prediction if trains_prediction else held.decoder
         size = WEIGHT_BYTES[self.model.precision]
         copies, expert_copies = self._copies()
         shares = trained.dense / copies + trained.experts / expert_copies
         both = held.decoder + held.prediction
-        activations, temporary, logits = self._dynamic(number, held)
+        kept, now = self._fullest_moment(place, stages)
         tensors = (
             size * both.total + _WIDE * both.bias, GRADIENT_BYTES * trained.total,
-            round(OPTIMIZER_BYTES[self.model.precision] * shares), activations, temporary, logits,
+            round(OPTIMIZER_BYTES[self.model.precision] * shares), kept, now.temporary, now.logits,
         )  # fmt: skip
         return RankMemory(
             *tensors,
@@ -130,54 +154,80 @@ class MemoryModel:
 
     def _copies(self) -> tuple[int, int]:
         """Ranks with the same dense parameters, and with the same experts: they share the optimizer."""
-        stage = self.ranks // self.parallel.pipeline
-        return stage // self.parallel.tensor, stage // self.parallel.expert
+        place = self.ranks // self.parallel.pipeline
+        return place // self.parallel.tensor, place // self.parallel.expert
 
-    def _dynamic(self, number: int, held: StageParameters) -> tuple[int, int, int]:
-        """Activations, temporary memory, and what logits need beyond that."""
-        pipeline = self.parallel.pipeline
-        is_first, is_last = number == 0, number == pipeline - 1
+    def _fullest_moment(self, place: int, stages: Sequence[_StageMemory]) -> tuple[int, _StageMemory]:
+        """Activations when they and what a backward pass needs are most, and the stage of that pass."""
+        parallel = self.parallel
+        moments = (
+            (sum(count * stage.kept for count, stage in zip(kept, stages)), stages[now])
+            for now, kept in backward_moments(parallel.pipeline, parallel.virtual, self.micro_batches, place)
+        )
+        return max(moments, key=lambda moment: moment[0] + moment[1].temporary + moment[1].logits)
+
+    def _stages(self, stages: Sequence[range]) -> dict[range, _StageMemory]:
+        """Of each stage, by its layers; alike ones are calculated once."""
         tokens = rank_tokens(self.hf, self.parallel, self.row_tokens, self.imbalance)
         of = Activations(self.hf, self.parallel, self.model, tokens, self.kernels)
-        kept = of.row() + sum(of.layer(layer, self._recompute(layer, held)) for layer in held.layers)
+        is_moe = [self.hf.is_moe_layer(layer) for layer in range(self.hf.num_hidden_layers)]
+        recomputes: dict[bool, Recompute] = {True: self.model.recompute, False: "none"}
+        kinds = {
+            (moe, again): self._layer(of, moe, recomputes[again])
+            for moe in set(is_moe)
+            for again in recomputes
+        }
+        first = self.model.recompute_layers
+        alike: dict[tuple[tuple[_LayerMemory, ...], bool, bool], _StageMemory] = {}
+        found = {}
+        for layers in stages:
+            own = tuple(
+                kinds[is_moe[layer], first is None or place < first] for place, layer in enumerate(layers)
+            )
+            is_first, is_last = layers.start == 0, layers.stop == self.hf.num_hidden_layers
+            key = own, is_first, is_last
+            if key not in alike:
+                alike[key] = self._stage(of, own, is_first=is_first, is_last=is_last)
+            found[layers] = alike[key]
+        return found
+
+    def _stage(
+        self, of: Activations, layers: Sequence[_LayerMemory], *, is_first: bool, is_last: bool
+    ) -> _StageMemory:
+        kept = of.row() + sum(layer.kept for layer in layers)
         kept += of.first_stage() if is_first else of.states  # received
         kept += of.last_stage() if is_last else of.states  # sent, and not yet given up
         predicts = is_last and self.model.prediction == "train"
         kept += self.hf.prediction_layers * of.prediction() if predicts else 0
-        # One forward, one backward: so many forward passes are ahead of the first backward pass.
-        under_way = min(pipeline - number, self.micro_batches)
-        row = tokens.own * (_ROW_BYTES + 2 * _WIDE * self.hf.rotary_dim)
-        temporary = row + self._temporary(of, held, is_first=is_first, is_last=is_last)
+        row = of.tokens.own * (_ROW_BYTES + 2 * _WIDE * self.hf.rotary_dim)
+        temporary = row + self._temporary(of, layers, is_first=is_first, is_last=is_last)
         logits = row + self._logits(of) if is_last else 0
-        return kept * under_way, temporary, max(0, logits - temporary - self._in_transit())
+        return _StageMemory(kept, temporary, max(0, logits - temporary - self._in_transit()))
 
-    def _recompute(self, layer: int, held: StageParameters) -> Recompute:
-        first = self.model.recompute_layers
-        return self.model.recompute if first is None or layer - held.layers.start < first else "none"
-
-    def _temporary(self, of: Activations, held: StageParameters, *, is_first: bool, is_last: bool) -> int:
+    def _temporary(
+        self, of: Activations, layers: Sequence[_LayerMemory], *, is_first: bool, is_last: bool
+    ) -> int:
         """Beyond what is kept, in the backward pass from the last layer to the first, which frees it."""
         # Of the final norm; torch's is made of four steps in fp32.
         norm = 4 * _WIDE if self.kernels == "torch" else 2 * of.size
         norm *= of.tokens.shared * self.hf.hidden_size
         most, freed = (norm, of.last_stage()) if is_last else (0, 0)
-        for layer in reversed(held.layers):
-            recompute = self._recompute(layer, held)
-            again = self._computed_again(of, layer, recompute)
-            most = max(most, again + self._gradients(of, layer) - freed)
-            freed += of.layer(layer, recompute)
+        for layer in reversed(layers):
+            most = max(most, layer.backward - freed)
+            freed += layer.kept
         embedding = of.size * self.hf.vocab_size // self.parallel.tensor * self.hf.hidden_size
         return max(most, embedding - freed) if is_first else most
 
-    def _computed_again(self, of: Activations, layer: int, recompute: Recompute) -> int:
-        """A whole layer, or one module after the other."""
+    def _layer(self, of: Activations, is_moe: bool, recompute: Recompute) -> _LayerMemory:
+        # A whole layer is computed again, or one module after the other.
         each = [(module,) for module in recompute] if isinstance(recompute, tuple) else [recompute]
-        return of.layer(layer, "none") - min(of.layer(layer, part) for part in each)
+        again = of.layer(is_moe, "none") - min(of.layer(is_moe, part) for part in each)
+        return _LayerMemory(of.layer(is_moe, recompute), again + self._gradients(of, is_moe))
 
-    def _gradients(self, of: Activations, layer: int) -> int:
+    def _gradients(self, of: Activations, is_moe: bool) -> int:
         """The largest that exist at a time in the backward pass of a layer."""
         hf, parallel, tokens, size = self.hf, self.parallel, of.tokens, of.size
-        if not hf.is_moe_layer(layer):
+        if not is_moe:
             return 2 * size * tokens.own * hf.intermediate_size // parallel.tensor
         moe = hf.moe
         assert moe is not None

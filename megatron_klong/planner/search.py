@@ -19,6 +19,12 @@ RECOMPUTES: tuple[Recompute, ...] = (
 )  # fmt: skip
 """From what costs least time to what costs least memory."""
 
+VIRTUAL = (2, 3, 4, 6)
+"""Stages of a pipeline rank that are tried, beside one."""
+
+_WORTH = 1.01
+"""Speed for which more stages are taken: the model of costs is not as exact as its last digits."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -57,8 +63,8 @@ class LayoutPlan:
         parallel: the layout.
         recompute: the cheapest that fits; if none does, the one that saves most.
         micro_batches: of each data-parallel rank in a step.
-        memory: of a rank of each pipeline stage.
-        fits: whether every stage does.
+        memory: of a rank of every place in the pipeline.
+        fits: whether every rank does.
         reason: why not.
         time: of a step.
         tokens_per_second: of all devices together.
@@ -75,7 +81,7 @@ class LayoutPlan:
 
     @property
     def fullest(self) -> RankMemory:
-        """The stage that needs most."""
+        """The rank that needs most."""
         return max(self.memory, key=lambda memory: memory.total)
 
 
@@ -90,18 +96,32 @@ class Plan:
 
 
 def search(question: Question) -> Plan:
-    """Look at every layout of powers of two, and every number of pipeline stages that divides the devices."""
+    """Look at every layout of powers of two, and every number of pipeline ranks that divides the devices,
+    with as many interleaved stages as pay."""
     plans: list[LayoutPlan] = []
     impossible: Counter[str] = Counter()
     for parallel in _layouts(question):
         reason = _impossible(question, parallel)
-        if reason is None:
-            plans.append(plan_layout(question, parallel))
-        else:
+        if reason is not None:
             impossible[reason] += 1
+            continue
+        plans.append(_interleaved(question, plan_layout(question, parallel)))
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: -plan.tokens_per_second)
     others = sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.fullest.total)
     return Plan(tuple(fitting), tuple(others), dict(impossible.most_common()))
+
+
+def _interleaved(question: Question, plan: LayoutPlan) -> LayoutPlan:
+    """The plan, or the same layout with more stages on each pipeline rank. Those keep more and wait less, so
+    they are looked at where one stage fits, and taken where they are worth it."""
+    best = plan
+    for virtual in VIRTUAL if plan.fits and plan.parallel.pipeline > 1 else ():
+        layout = plan.parallel.model_copy(update={"virtual": virtual})
+        if _impossible(question, layout) is None:
+            found = plan_layout(question, layout)
+            if found.fits and found.tokens_per_second > _WORTH * best.tokens_per_second:
+                best = found
+    return best
 
 
 def plan_layout(
@@ -115,7 +135,7 @@ def plan_layout(
         memory = MemoryModel(
             question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches,
             question.kernels, question.imbalance, question.overheads,
-        ).stages()  # fmt: skip
+        ).pipeline()  # fmt: skip
         if max(each.total for each in memory) <= question.device_bytes:
             break
     time = step_time(
@@ -148,7 +168,7 @@ def _impossible(question: Question, parallel: ParallelConfig) -> str | None:
     data = parallel.data(question.ranks)
     if parallel.tensor > question.hardware.node:
         return f"tensor parallelism over more than the {question.hardware.node} devices of a node"
-    if question.rows is not None and question.rows % data:
+    if question.rows is not None and question.rows % (data * parallel.micro_batch_divisor):
         return f"the {question.rows} rows of a batch are no multiple of the data-parallel ranks"
     if question.row_tokens % parallel.row_divisor:
         return f"rows of {question.row_tokens} tokens that its ranks cannot share evenly"
@@ -166,6 +186,6 @@ def _too_large(memory: tuple[RankMemory, ...], recompute: Recompute, device_byte
     named = ", ".join(f"{kind} {kinds[kind] / 1e9:.1f}" for kind in largest)
     done = "even with full recomputation, " if recompute == "full" else ""
     return (
-        f"{done}stage {worst} needs {memory[worst].total / 1e9:.1f} GB of {device_bytes / 1e9:.1f} "
+        f"{done}pipeline rank {worst} needs {memory[worst].total / 1e9:.1f} GB of {device_bytes / 1e9:.1f} "
         f"(most of it {named})"
     )

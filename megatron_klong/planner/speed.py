@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_klong.config import ModelConfig, ParallelConfig
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.model.parameters import stage_parameters
+from megatron_klong.model.parameters import rank_parameters
 from megatron_klong.planner.activations import WEIGHT_BYTES, Activations, Kernels, rank_tokens
 from megatron_klong.planner.memory import GRADIENT_BYTES
 
@@ -76,17 +76,22 @@ def step_time(
     """Of a step of ``micro_batches`` rows on each data-parallel rank, each row one document."""
     tokens = rank_tokens(hf, parallel, row_tokens, imbalance)
     of = Activations(hf, parallel, model, tokens, kernels)
-    stages = stage_parameters(hf, parallel)
+    places = rank_parameters(hf, parallel)
+    kinds = {is_moe: _layer_seconds(of, is_moe, hardware) for is_moe in (False, True) if hf.moe or not is_moe}
     slowest = 0.0
-    for number, held in enumerate(stages):
-        seconds = sum(_layer_seconds(of, layer, hardware) for layer in held.layers)
-        if number == len(stages) - 1:
+    for place, held in enumerate(places):
+        seconds = sum(kinds[hf.is_moe_layer(layer)] for layers in held.stages for layer in layers)
+        if place == len(places) - 1:
             seconds += _last_seconds(of, hardware)
         slowest = max(slowest, seconds)
-    idle = (parallel.pipeline - 1) * slowest
+    if parallel.pipeline > 1:  # hidden states to each stage and on, and their gradients
+        rate = hardware.node_rate if ranks <= hardware.node else hardware.network_rate
+        slowest += 2 * parallel.virtual * of.states / (rate * hardware.sent)
+    # Megatron-LM's second paper, section 2.2.2: each of a rank's stages fills the pipeline for itself.
+    idle = (parallel.pipeline - 1) * slowest / parallel.virtual
     stage_ranks = ranks // parallel.pipeline
     copies, expert_copies = stage_ranks // parallel.tensor, stage_ranks // parallel.expert
-    busiest = max(stages, key=lambda held: held.decoder.total).decoder
+    busiest = max(places, key=lambda held: held.decoder.total).decoder
     each = GRADIENT_BYTES + WEIGHT_BYTES[model.precision]
     synchronising = 0.0
     for parameters, group in ((busiest.dense, copies), (busiest.experts, expert_copies)):
@@ -103,14 +108,16 @@ def _last_seconds(of: Activations, hardware: Hardware) -> float:
     predicted = hf.prediction_layers if of.model.prediction == "train" else 0
     head = 2 * of.tokens.own * hf.hidden_size * hf.vocab_size / of.parallel.tensor
     joined = 2 * of.tokens.own * 2 * hf.hidden_size**2 / of.parallel.tensor
-    each = _layer_seconds(of, hf.num_hidden_layers, hardware) + (1 + _BACKWARD) * joined / dense
+    each = (
+        _layer_seconds(of, hf.is_moe_layer(hf.num_hidden_layers), hardware) + (1 + _BACKWARD) * joined / dense
+    )
     return (1 + predicted) * (2 + _BACKWARD) * head / dense + predicted * each
 
 
-def _layer_seconds(of: Activations, layer: int, hardware: Hardware) -> float:
+def _layer_seconds(of: Activations, is_moe: bool, hardware: Hardware) -> float:
     """Forward, backward, and what is computed again."""
-    attention, inner = _attention_seconds(of, hardware), _inner_seconds(of, layer, hardware)
-    traffic = hardware.passes * of.layer(layer, "none") / hardware.memory_rate
+    attention, inner = _attention_seconds(of, hardware), _inner_seconds(of, is_moe, hardware)
+    traffic = hardware.passes * of.layer(is_moe, "none") / hardware.memory_rate
     once = attention + inner + traffic
     recompute = of.model.recompute
     if recompute == "full":
@@ -144,11 +151,11 @@ def _attention_seconds(of: Activations, hardware: Hardware) -> float:
     return seconds
 
 
-def _inner_seconds(of: Activations, layer: int, hardware: Hardware) -> float:
+def _inner_seconds(of: Activations, is_moe: bool, hardware: Hardware) -> float:
     """The feed-forward part: dense, or router, shared and routed experts and the way to them and back."""
     hf, parallel, tokens = of.hf, of.parallel, of.tokens
     dense = hardware.flops * hardware.dense
-    if not hf.is_moe_layer(layer):
+    if not is_moe:
         work = 6 * tokens.own * hf.hidden_size * hf.intermediate_size / parallel.tensor
         return work / dense + _gathered_seconds(of, hardware)
     moe = hf.moe

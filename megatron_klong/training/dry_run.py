@@ -10,7 +10,7 @@ from megatron_klong.data.dataset import build_datasets
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
-from megatron_klong.model.parameters import ParameterCounts, parameter_counts, stage_parameters
+from megatron_klong.model.parameters import ParameterCounts, parameter_counts, rank_parameters
 from megatron_klong.planner.activations import WEIGHT_BYTES
 from megatron_klong.platform import activate
 
@@ -143,5 +143,5 @@ def _stages(hf: DecoderConfig, parallel: ParallelConfig, ranks: int) -> tuple[St
     each = ranks // parallel.pipeline
     return tuple(
         StagePlan(number * each, held.decoder.total + held.prediction.total)
-        for number, held in enumerate(stage_parameters(hf, parallel))
+        for number, held in enumerate(rank_parameters(hf, parallel))
     )

@@ -46,7 +46,8 @@ def check_memory(
         recompute = best.recompute if isinstance(best.recompute, str) else f"[{','.join(best.recompute)}]"
         remedy = (
             f"use parallel.tensor={parallel.tensor} parallel.context={parallel.context} "
-            f"parallel.pipeline={parallel.pipeline} parallel.expert={parallel.expert} "
+            f"parallel.pipeline={parallel.pipeline} parallel.virtual={parallel.virtual} "
+            f"parallel.expert={parallel.expert} "
             f"'model.recompute={recompute}'"
         )
     else:
