@@ -47,7 +47,7 @@ def plan(*arguments: str) -> Result:
 def question(model: str, ranks: int, gib: float, row_tokens: int, rows: int, **settings: Any) -> Question:
     return Question(
         load_hf_config(preset_file(model)), ModelConfig.model_validate({"preset": model, **settings}), ranks,
-        round(gib * GIB), row_tokens, rows, imbalance=1.0,
+        round(gib * GIB), row_tokens, rows, imbalance=1.0, offloads=(False,),
     )  # fmt: skip
 
 

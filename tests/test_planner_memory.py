@@ -71,6 +71,7 @@ CASES: list[tuple[dict[str, Any], tuple[int, ParallelConfig], dict[str, Any]]] =
     (GLM, at(4, tensor=2, pipeline=2, expert=2), {}),
     (GLM, at(4, context=2, pipeline=2, expert=2), {"recompute": ("moe",)}),
     (QWEN, at(4, tensor=2, pipeline=2, expert=2), {"recompute": "full"}),
+    (GLM, at(2, expert=2), {"offload": True}),
     (DENSE, at(2, pipeline=2), {}),
     (DENSE | {"tie_word_embeddings": True}, at(2, tensor=2), {"recompute": ("mlp",)}),
 ]  # fmt: skip
@@ -166,13 +167,13 @@ def standing(trainer: Trainer) -> dict[str, int]:
 
 
 def measured(
-    platform: Platform, folder: Path, parallel: ParallelConfig, model: dict[str, Any]
+    platform: Platform, folder: Path, parallel: ParallelConfig, model: dict[str, Any], offload: bool
 ) -> tuple[int, int, float, dict[str, int]]:
-    """Pipeline stage, parameters, tokens of the experts over the average, and bytes by kind."""
+    """Place in the pipeline, parameters, tokens of the experts over the average, and bytes by kind."""
     hf = load_hf_config(folder)
     settings = TrainerSettings(
         model=ModelConfig.model_validate({"hf_config": folder, **model}), parallel=parallel,
-        optimizer=OptimizerConfig(lr=1e-3), row_tokens=ROW_TOKENS, steps=10, seed=1,
+        optimizer=OptimizerConfig(lr=1e-3, offload=offload), row_tokens=ROW_TOKENS, steps=10, seed=1,
     )  # fmt: skip
     trainer = build_trainer(settings, hf, platform)
     rows = [full_row(hf.vocab_size)] * ROWS
@@ -193,27 +194,35 @@ def measured(
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "model"), CASES,
+    ("shape", "layout", "options"), CASES,
     ids=lambda value: value["model_type"] if isinstance(value, dict) and "model_type" in value
     else "-".join(map(str, value.values())) or "plain" if isinstance(value, dict)
     else value[1].described(value[0]).replace(" ", ""),
 )  # fmt: skip
 def test_memory_is_what_ranks_allocate(
     ranks: RankPool, tmp_path: Path, shape: dict[str, Any], layout: tuple[int, ParallelConfig],
-    model: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """On every rank: what stands between steps within 1%, all that there is at the peak within 5%."""
+    """On every rank: what stands between steps within 1%, all that there is at the peak within 5%.
+
+    What is offloaded is in the same memory here, which is that of the host.
+    """
     (tmp_path / "config.json").write_text(json.dumps(shape))
     world, parallel = layout
     hf = load_hf_config(tmp_path)
+    model = {name: value for name, value in options.items() if name != "offload"}
+    offload = "offload" in options
     settings = ModelConfig.model_validate({"hf_config": tmp_path, **model})
     held = rank_parameters(hf, parallel)
-    answers = ranks.run(measured, parallel, world, folder=tmp_path, parallel=parallel, model=model)
+    answers = ranks.run(
+        measured, parallel, world, folder=tmp_path, parallel=parallel, model=model, offload=offload
+    )
     for stage, counts, imbalance, real in answers:
         planned = MemoryModel(
-            hf, parallel, settings, world, ROW_TOKENS, ROWS, "torch", imbalance, NO_OVERHEADS
+            hf, parallel, settings, world, ROW_TOKENS, ROWS, "torch", imbalance, NO_OVERHEADS, offload
         )
         said = asdict(planned.pipeline()[stage])
+        said["optimizer"] += planned.host()[stage]
         standing_kinds = ("weights", "gradients", "optimizer")
         said["step"] = sum(said.values()) - sum(said[kind] for kind in standing_kinds)
         assert counts == held[stage].decoder.total + held[stage].prediction.total

@@ -115,11 +115,13 @@ class _Layout:
     expert: int
     data: int
     recompute: Recompute
+    offload: bool
     micro_batches: int
     fits: bool
     reason: str | None
     memory_bytes: RankMemory
     memory_bytes_total: int
+    host_bytes: int
     step_seconds: float
     tokens_per_second: float
 
@@ -147,9 +149,9 @@ def _answer(
         return tuple(
             _Layout(
                 each.parallel.tensor, each.parallel.context, each.parallel.pipeline, each.parallel.virtual,
-                each.parallel.expert, each.parallel.data(question.ranks), each.recompute, each.micro_batches,
-                each.fits, each.reason, each.fullest, each.fullest.total, each.time.total,
-                each.tokens_per_second,
+                each.parallel.expert, each.parallel.data(question.ranks), each.recompute, each.offload,
+                each.micro_batches, each.fits, each.reason, each.fullest, each.fullest.total,
+                each.host_bytes, each.time.total, each.tokens_per_second,
             )
             for each in plans[:show]
         )  # fmt: skip
@@ -171,7 +173,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
         short = {"optimizer": "optim", "activations": "activ", "temporary": "temp", "communication": "comm"}
         heads = [short.get(kind, kind)[:7] for kind in kinds]
         print(
-            f"{'layout':<31} {'recompute':<28}"
+            f"{'layout':<31} {'computed again, in host memory':<34}"
             + "".join(f"{head:>8}" for head in heads)
             + "   total  tok/s/GPU"
         )
@@ -180,7 +182,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
             numbers = "".join(f"{getattr(memory, kind) / _GB:8.1f}" for kind in kinds)
             speed = each.tokens_per_second / question.ranks
             print(
-                f"{_short(each, question.ranks):<31} {_recompute(each.recompute):<28}{numbers}"
+                f"{_short(each, question.ranks):<31} {_saving(each):<34}{numbers}"
                 f"{memory.total / _GB:8.1f}{speed:11,.0f}"
             )
     else:
@@ -212,8 +214,9 @@ def _short(each: LayoutPlan, ranks: int) -> str:
     )
 
 
-def _recompute(recompute: Recompute) -> str:
-    return recompute if isinstance(recompute, str) else "+".join(recompute)
+def _saving(each: LayoutPlan) -> str:
+    again = each.recompute if isinstance(each.recompute, str) else "+".join(each.recompute)
+    return again + (", moments" if each.offload else "")
 
 
 def settings_text(best: LayoutPlan, question: Question, servers: Serving | None) -> str:
@@ -229,6 +232,7 @@ def settings_text(best: LayoutPlan, question: Question, servers: Serving | None)
                   "prediction": question.model.prediction},
         "parallel": {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline,
                      "virtual": parallel.virtual, "expert": parallel.expert},
+        "optimizer": {"offload": best.offload},
         **(_sft_rows(question) if servers is None else _rl_rows(question, servers)),
     }  # fmt: skip
     return yaml.safe_dump(values, sort_keys=False)

@@ -167,6 +167,10 @@ class OptimizerConfig(StrictModel):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
 
+    offload: bool = False
+    """Keep Adam's moments in host memory, 8 bytes of the 12 for each parameter that a rank owns; every step
+    sends them to the device and back, piece by piece. Weights and checkpoints are the same."""
+
     @model_validator(mode="after")
     def _rates_fit(self) -> OptimizerConfig:
         if self.min_lr > self.lr:

@@ -12,8 +12,14 @@ from megatron_klong.planner.activations import WEIGHT_BYTES, Activations, Kernel
 from megatron_klong.planner.schedule import backward_moments
 
 GRADIENT_BYTES = 4
-OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
-"""Of a trained parameter: two moments, and of bf16 weights an fp32 copy."""
+MOMENT_BYTES = 8
+"""Of a trained parameter."""
+
+COPY_BYTES = {"fp32": 0, "bf16": 4}
+"""Of a trained parameter: the fp32 copy that is updated."""
+
+_PIECE_BYTES = 1 << 28
+"""Of offloaded moments, that a device updates at a time (``training.moments.PIECE_BYTES``)."""
 
 _WEIGHED_BYTES = {"fp32": 7, "bf16": 11}
 """Of each number between the two products of an expert, when most of its gradients exist: the product with
@@ -56,7 +62,7 @@ class RankMemory:
     Attributes:
         weights: in the model's precision, those of prediction layers included.
         gradients: sums in fp32.
-        optimizer: this rank's share of moments and fp32 weights.
+        optimizer: this rank's share of moments and fp32 weights, as far as it is on the device.
         activations: kept for the backward passes of all micro-batches that are under way.
         temporary: of the backward pass of a layer, and of a layer that is computed again.
         logits: of a chunk of tokens, and the head's gradient, as far as they exceed what is temporary or on
@@ -112,6 +118,7 @@ class MemoryModel:
         kernels: whose layers.
         imbalance: tokens that the busiest rank's experts receive, over the average.
         overheads: beside the tensors.
+        offload: whether moments are in host memory.
     """
 
     hf: DecoderConfig
@@ -123,6 +130,7 @@ class MemoryModel:
     kernels: Kernels
     imbalance: float
     overheads: Overheads = OVERHEADS
+    offload: bool = False
 
     def pipeline(self) -> tuple[RankMemory, ...]:
         """Of a rank of every place in the pipeline."""
@@ -134,23 +142,49 @@ class MemoryModel:
         )
 
     def _rank(self, place: int, held: RankParameters, stages: Sequence[_StageMemory]) -> RankMemory:
-        is_last = place == self.parallel.pipeline - 1
-        trains_prediction = is_last and self.model.prediction == "train"
-        trained = held.decoder + held.prediction if trains_prediction else held.decoder
+        trained, owned = self._trained(held)
         size = WEIGHT_BYTES[self.model.precision]
-        copies, expert_copies = self._copies()
-        shares = trained.dense / copies + trained.experts / expert_copies
         both = held.decoder + held.prediction
         kept, now = self._fullest_moment(place, stages)
+        temporary, moments = now.temporary, MOMENT_BYTES * owned
+        if self.offload:  # there is nothing else while a piece is updated
+            temporary = max(temporary, self._piece(moments) - kept - now.logits)
+            moments = 0
         tensors = (
-            size * both.total + _WIDE * both.bias, GRADIENT_BYTES * trained.total,
-            round(OPTIMIZER_BYTES[self.model.precision] * shares), kept, now.temporary, now.logits,
+            size * both.total + _WIDE * both.bias, GRADIENT_BYTES * trained,
+            COPY_BYTES[self.model.precision] * owned + moments, kept, temporary, now.logits,
         )  # fmt: skip
         return RankMemory(
             *tensors,
             communication=self._in_transit() + self._communication(),
             runtime=self.overheads.context + round(self.overheads.fragmentation * sum(tensors)),
         )
+
+    def host(self) -> tuple[int, ...]:
+        """Bytes of host memory for what is offloaded by a rank of every place in the pipeline."""
+        if not self.offload:
+            return (0,) * self.parallel.pipeline
+        return tuple(
+            MOMENT_BYTES * self._trained(held)[1] for held in rank_parameters(self.hf, self.parallel)
+        )
+
+    def _trained(self, held: RankParameters) -> tuple[int, int]:
+        """Parameters that a rank has gradients of, and those of which it keeps what the optimizer needs."""
+        trained = held.decoder
+        if self.model.prediction == "train":
+            trained += held.prediction
+        copies, expert_copies = self._copies()
+        return trained.total, round(trained.dense / copies + trained.experts / expert_copies)
+
+    def _piece(self, moments: int) -> int:
+        """Of offloaded moments on the device: a piece, or those of the largest weight, a layer's experts."""
+        largest = 0
+        if self.hf.moe is not None:
+            numbers = (
+                self.hf.moe.experts // self.parallel.expert * 2 * self.hf.moe.width * self.hf.hidden_size
+            )
+            largest = MOMENT_BYTES * numbers // self._copies()[1]
+        return min(moments, max(_PIECE_BYTES, largest))
 
     def _copies(self) -> tuple[int, int]:
         """Ranks with the same dense parameters, and with the same experts: they share the optimizer."""

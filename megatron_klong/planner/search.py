@@ -41,6 +41,7 @@ class Question:
         imbalance: tokens that the busiest rank's experts receive, over the average.
         overheads: beside the tensors.
         hardware: of the cost model.
+        offloads: whether moments may stay on the device, and whether they may be in host memory.
     """
 
     hf: DecoderConfig
@@ -53,6 +54,7 @@ class Question:
     imbalance: float = 1.2
     overheads: Overheads = OVERHEADS
     hardware: Hardware = H100
+    offloads: tuple[bool, ...] = (False, True)
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class LayoutPlan:
 
     Attributes:
         parallel: the layout.
-        recompute: the cheapest that fits; if none does, the one that saves most.
+        recompute: that costs least time of those that fit; if none does, the one that saves most.
+        offload: whether Adam's moments are in host memory.
         micro_batches: of each data-parallel rank in a step.
         memory: of a rank of every place in the pipeline.
+        host_bytes: of host memory, for a rank that offloads most.
         fits: whether every rank does.
         reason: why not.
         time: of a step.
@@ -72,8 +76,10 @@ class LayoutPlan:
 
     parallel: ParallelConfig
     recompute: Recompute
+    offload: bool
     micro_batches: int
     memory: tuple[RankMemory, ...]
+    host_bytes: int
     fits: bool
     reason: str | None
     time: StepTime
@@ -127,25 +133,39 @@ def _interleaved(question: Question, plan: LayoutPlan) -> LayoutPlan:
 def plan_layout(
     question: Question, parallel: ParallelConfig, recomputes: tuple[Recompute, ...] = RECOMPUTES
 ) -> LayoutPlan:
-    """Try each recomputation in turn until one fits. The layout must be possible."""
+    """The fastest of what fits: with and without offloading, the first recomputation that does. The layout
+    must be possible."""
+    best: LayoutPlan | None = None
+    for offload in question.offloads:
+        for recompute in recomputes:
+            plan = _plan(question, parallel, recompute, offload)
+            if plan.fits:
+                break
+        if best is None or not best.fits or (plan.fits and plan.tokens_per_second > best.tokens_per_second):
+            best = plan
+        if best.fits and best.recompute == recomputes[0]:
+            break  # what is offloaded costs time too
+    assert best is not None
+    return best
+
+
+def _plan(question: Question, parallel: ParallelConfig, recompute: Recompute, offload: bool) -> LayoutPlan:
     data = parallel.data(question.ranks)
     micro_batches = parallel.pipeline if question.rows is None else question.rows // data
-    for recompute in recomputes:
-        model = question.model.model_copy(update={"recompute": recompute})
-        memory = MemoryModel(
-            question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches,
-            question.kernels, question.imbalance, question.overheads,
-        ).pipeline()  # fmt: skip
-        if max(each.total for each in memory) <= question.device_bytes:
-            break
+    model = question.model.model_copy(update={"recompute": recompute})
+    memory_model = MemoryModel(
+        question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches,
+        question.kernels, question.imbalance, question.overheads, offload,
+    )  # fmt: skip
+    memory, host_bytes = memory_model.pipeline(), max(memory_model.host())
+    fits = max(each.total for each in memory) <= question.device_bytes
     time = step_time(
         question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches, question.kernels,
-        question.imbalance, question.hardware,
+        question.imbalance, question.hardware, host_bytes,
     )  # fmt: skip
-    fits = max(each.total for each in memory) <= question.device_bytes
     return LayoutPlan(
-        parallel, recompute, micro_batches, memory, fits,
-        None if fits else _too_large(memory, recompute, question.device_bytes),
+        parallel, recompute, offload, micro_batches, memory, host_bytes, fits,
+        None if fits else _too_large(memory, recompute, offload, question.device_bytes),
         time, data * micro_batches * question.row_tokens / time.total,
     )  # fmt: skip
 
@@ -179,12 +199,14 @@ def _impossible(question: Question, parallel: ParallelConfig) -> str | None:
     return None
 
 
-def _too_large(memory: tuple[RankMemory, ...], recompute: Recompute, device_bytes: int) -> str:
+def _too_large(memory: tuple[RankMemory, ...], recompute: Recompute, offload: bool, device_bytes: int) -> str:
     worst = max(range(len(memory)), key=lambda stage: memory[stage].total)
     kinds = {field.name: getattr(memory[worst], field.name) for field in fields(RankMemory)}
     largest = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
     named = ", ".join(f"{kind} {kinds[kind] / 1e9:.1f}" for kind in largest)
-    done = "even with full recomputation, " if recompute == "full" else ""
+    done = ""
+    if recompute == "full":
+        done = f"even with full recomputation{' and moments in host memory' if offload else ''}, "
     return (
         f"{done}pipeline rank {worst} needs {memory[worst].total / 1e9:.1f} GB of {device_bytes / 1e9:.1f} "
         f"(most of it {named})"

@@ -27,6 +27,7 @@ class Hardware:
         memory_rate: of the device's memory.
         node_rate: to devices of its node.
         network_rate: to other nodes.
+        host_rate: from and to host memory, when all devices of a node do so.
         node: devices of a node.
         dense, grouped, attention: share of ``flops`` of products in layers, in experts, in attention.
         sent: share of a link's rate that collective operations reach.
@@ -37,6 +38,7 @@ class Hardware:
     memory_rate: float = 3.35e12
     node_rate: float = 450e9
     network_rate: float = 50e9
+    host_rate: float = 25e9
     node: int = 8
     dense: float = 0.6
     grouped: float = 0.4
@@ -56,7 +58,7 @@ class StepTime:
     Attributes:
         pipeline: all micro-batches through all stages, the filling and draining of the pipeline included.
         idle: of that, a stage's waiting for others.
-        synchronising: of gradients and weights of data-parallel ranks, and the optimizer.
+        synchronising: of gradients and weights of data-parallel ranks, and the optimizer, offloaded or not.
     """
 
     pipeline: float
@@ -71,9 +73,10 @@ class StepTime:
 
 def step_time(
     hf: DecoderConfig, parallel: ParallelConfig, model: ModelConfig, ranks: int, row_tokens: int,
-    micro_batches: int, kernels: Kernels, imbalance: float, hardware: Hardware = H100,
+    micro_batches: int, kernels: Kernels, imbalance: float, hardware: Hardware = H100, offloaded: int = 0,
 ) -> StepTime:  # fmt: skip
-    """Of a step of ``micro_batches`` rows on each data-parallel rank, each row one document."""
+    """Of a step of ``micro_batches`` rows on each data-parallel rank, each row one document; ``offloaded``
+    bytes go from host memory to the device and back."""
     tokens = rank_tokens(hf, parallel, row_tokens, imbalance)
     of = Activations(hf, parallel, model, tokens, kernels)
     places = rank_parameters(hf, parallel)
@@ -93,7 +96,7 @@ def step_time(
     copies, expert_copies = stage_ranks // parallel.tensor, stage_ranks // parallel.expert
     busiest = max(places, key=lambda held: held.decoder.total).decoder
     each = GRADIENT_BYTES + WEIGHT_BYTES[model.precision]
-    synchronising = 0.0
+    synchronising = 2 * offloaded / hardware.host_rate
     for parameters, group in ((busiest.dense, copies), (busiest.experts, expert_copies)):
         rate = hardware.node_rate if stage_ranks <= hardware.node else hardware.network_rate
         synchronising += each * parameters * (1 - 1 / group) / (rate * hardware.sent)

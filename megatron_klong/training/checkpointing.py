@@ -20,7 +20,8 @@ from megatron_klong.platform.lifetime import to_disk
 from megatron_klong.training.background_save import BackgroundSave
 from megatron_klong.training.first_rank import on_first
 from megatron_klong.training.model_checkpoint import checkpoint_metadata, put_model, sharded_model
-from megatron_klong.training.optimizer_state import allocate_moments, load_optimizer
+from megatron_klong.training.moments import allocate_moments
+from megatron_klong.training.optimizer_state import load_optimizer
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.trainer import Trainer
 
@@ -189,7 +190,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
     Args:
         kind: of the progress that was saved.
     """
-    allocate_moments(trainer.optimizer)
+    allocate_moments(trainer.optimizer, on_host=trainer.offloads)
     loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(folder))
     put_model(trainer.model, loaded)
     load_optimizer(trainer.optimizer, loaded["optimizer"])

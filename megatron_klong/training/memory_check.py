@@ -35,11 +35,17 @@ def check_memory(
         hf, settings.model, ranks, on_gpu or host_bytes() // ranks_here, settings.row_tokens, rows,
         "transformer-engine" if importlib.util.find_spec("transformer_engine") else "torch", 1.0,
         OVERHEADS if on_gpu else _CPU_OVERHEADS,
+        # Without GPUs there is one memory, whatever is offloaded.
+        offloads=(settings.optimizer.offload,) if on_gpu else (False,),
     )  # fmt: skip
     asked = plan_layout(question, settings.parallel, (settings.model.recompute,))
     if asked.fits:
+        _check_host(asked.host_bytes * ranks_here)
         return
-    searched = replace(question, model=settings.model.model_copy(update={"recompute_layers": None}))
+    searched = replace(
+        question, model=settings.model.model_copy(update={"recompute_layers": None}),
+        offloads=(False, True) if on_gpu else (False,),
+    )  # fmt: skip
     fitting = search(searched).fitting
     if fitting:
         best, parallel = fitting[0], fitting[0].parallel
@@ -48,7 +54,7 @@ def check_memory(
             f"use parallel.tensor={parallel.tensor} parallel.context={parallel.context} "
             f"parallel.pipeline={parallel.pipeline} parallel.virtual={parallel.virtual} "
             f"parallel.expert={parallel.expert} "
-            f"'model.recompute={recompute}'"
+            f"'model.recompute={recompute}'" + (" optimizer.offload=true" if best.offload else "")
         )
     else:
         remedy = f"no layout of {ranks} ranks fits; `klong plan` says how many would"
@@ -56,3 +62,13 @@ def check_memory(
         f"parallel: {settings.parallel.described(ranks)} does not fit: {asked.reason}; {remedy}, or try "
         "all the same with run.check_memory=false"
     )
+
+
+def _check_host(needed: int) -> None:
+    """Refuse to offload more than this machine has."""
+    if needed > host_bytes():
+        raise ValueError(
+            f"optimizer.offload=true: the ranks of this machine would keep {needed / 1e9:.1f} GB in its "
+            f"memory of {host_bytes() / 1e9:.1f} GB; spread the model over more machines, set it to false, or "
+            "try all the same with run.check_memory=false"
+        )

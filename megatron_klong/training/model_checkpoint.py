@@ -16,6 +16,8 @@ def checkpoint_metadata() -> dict[str, Any]:
         # Megatron 0.16 refuses its default optimizer format; this one can be read at another layout.
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
+        # Else it gathers moments on the devices, a whole buffer of gradients' worth at a time.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
 
 

@@ -1,10 +1,9 @@
-"""Loading Megatron's distributed optimizer where it runs on torch's AdamW.
+"""Loading Megatron's distributed optimizer, wherever its moments are and whosever Adam it is.
 
-Without Transformer Engine and Apex, Megatron 0.16 uses torch's AdamW, which keeps a ``step`` tensor
-for every parameter. Its checkpoint code then asks for steps before there are any, cannot load
-moments beside a step, and hands all parameters one shared step tensor, which an update would count
-up once per parameter. These functions go around that through the optimizer's public methods; with
-the fused optimizers, which have no such tensor, they change nothing.
+Without Transformer Engine and Apex, Megatron 0.16 uses torch's AdamW, which keeps a ``step`` tensor for every
+parameter. Its checkpoint code cannot load moments beside a step, and hands all parameters one shared step
+tensor, which an update would count up once per parameter. With any Adam it brings all moments to the device.
+These functions go around that through the optimizer's public methods.
 """
 
 from __future__ import annotations
@@ -13,16 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 
-
-def allocate_moments(optimizer: Any) -> None:
-    """Give the optimizer the state it has after a first step, so that there is something to load into."""
-    for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+from megatron_klong.training.moments import MOMENTS
 
 
 def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
@@ -34,15 +26,25 @@ def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
         kind = state["param_state_sharding_type"]
         assert kind == "fully_reshardable", kind
         rest = {key: value for key, value in state.items() if not key.startswith("param_state")}
-        part.load_state_dict(rest)
+        with _moments_aside(part.optimizer):
+            part.load_state_dict(rest)
         with _steps_aside(part.optimizer):
             part.load_parameter_state_from_fully_reshardable(moments)
 
 
 @contextmanager
-def _steps_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Take the step tensors out of the state; afterwards each parameter has one of its own."""
-    steps = {parameter: state.pop("step") for parameter, state in optimizer.state.items() if "step" in state}
+def _moments_aside(adam: Optimizer) -> Iterator[None]:
+    """Take the moments out of the state, whose own loading would bring them to the device."""
+    aside = {weight: {name: state.pop(name) for name in MOMENTS} for weight, state in adam.state.items()}
     yield
-    for parameter, step in steps.items():
-        optimizer.state[parameter]["step"] = step.clone()
+    for weight, moments in aside.items():
+        adam.state[weight] |= moments
+
+
+@contextmanager
+def _steps_aside(adam: Optimizer) -> Iterator[None]:
+    """Take the step tensors out of the state; afterwards each parameter has one of its own."""
+    steps = {weight: state.pop("step") for weight, state in adam.state.items() if "step" in state}
+    yield
+    for weight, step in steps.items():
+        adam.state[weight]["step"] = step.clone()

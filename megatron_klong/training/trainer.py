@@ -26,6 +26,7 @@ from megatron_klong.model.row_model import RankModel
 from megatron_klong.model.weights import check_known, load_weights, random_weights, safetensors_weights
 from megatron_klong.platform import Platform
 from megatron_klong.training.model_checkpoint import is_checkpoint, load_model
+from megatron_klong.training.moments import keep_moments_on_host
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Trainer:
         model: this rank's pipeline stages.
         stages: each of them under Megatron's data parallelism.
         optimizer: Megatron's distributed optimizer.
+        offloads: whether its moments are in host memory.
         scheduler: learning rate and weight decay by step.
         device: where batches go.
         row_tokens: length of every row.
@@ -47,6 +49,7 @@ class Trainer:
     model: RankModel
     stages: tuple[DistributedDataParallel, ...]
     optimizer: Any
+    offloads: bool
     scheduler: OptimizerParamScheduler
     device: torch.device
     row_tokens: int
@@ -72,13 +75,15 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
     optimizer = get_megatron_optimizer(
         _optimizer_config(settings.optimizer, model.config.params_dtype), stages
     )
+    if settings.optimizer.offload:
+        keep_moments_on_host(optimizer)
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
     config_file = config_json(settings.model.shape)
     return Trainer(
-        model, tuple(stages), optimizer, scheduler, platform.device, settings.row_tokens,
-        settings.parallel.micro_batch_divisor, config_file,
+        model, tuple(stages), optimizer, settings.optimizer.offload, scheduler, platform.device,
+        settings.row_tokens, settings.parallel.micro_batch_divisor, config_file,
     )  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""Adam's moments: made before a first step, and kept in host memory if they are to be.
+
+In host memory, a device has those of a few parameters at a time, while they are updated: it saves two thirds
+of what the optimizer of a bf16 model needs. The update is the optimizer's own, on the device, so the weights
+are those of a run without it, bit for bit; each step sends the moments there and back.
+
+Megatron-Core 0.16 has two such means. ``optimizer_cpu_offload`` updates on the CPU, in a way that a machine
+without GPUs cannot run; ``offload_to_cpu`` brings everything back for a step, which is when it is most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Their names in the state of torch's AdamW, and of the fused ones of Transformer Engine and Apex."""
+
+PIECE_BYTES = 1 << 28
+"""Of moments that are on the device at a time, unless one parameter has more."""
+
+
+def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
+    """Give Megatron's optimizer the state it has after a first step; what it has already stays.
+
+    Args:
+        on_host: put it into host memory, pinned where there is a GPU.
+    """
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for weight in group["params"]:
+                state = part.optimizer.state[weight]
+                for name in MOMENTS:
+                    if name not in state:
+                        state[name] = _host_zeros(weight) if on_host else torch.zeros_like(weight)
+                if isinstance(part.optimizer, torch.optim.AdamW):
+                    state.setdefault("step", torch.tensor(0.0))
+
+
+def keep_moments_on_host(optimizer: Any, piece_bytes: int = PIECE_BYTES) -> None:
+    """Allocate the moments in host memory, and step so that they stay there.
+
+    The inner optimizers' ``step`` is replaced, in this place alone.
+
+    Args:
+        optimizer: Megatron's, which has taken no step.
+        piece_bytes: of moments on the device at a time.
+    """
+    allocate_moments(optimizer, on_host=True)
+    for part in optimizer.chained_optimizers:
+        part.optimizer.step = _PieceByPiece(part.optimizer, piece_bytes).step
+
+
+class _PieceByPiece:
+    """Steps an optimizer whose moments are in host memory."""
+
+    def __init__(self, adam: Optimizer, piece_bytes: int) -> None:
+        self._adam = adam
+        self._step = adam.step
+        self._piece_bytes = piece_bytes
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self._adam.param_groups
+        try:
+            for group in groups:
+                options = {key: value for key, value in group.items() if key != "params"}
+                for piece in self._pieces(group["params"]):
+                    part = {**options, "params": piece}
+                    self._adam.param_groups = [part]
+                    self._update(piece)
+                    # Fused optimizers count a group's steps in it: each piece from the same number on.
+                    group |= {key: value for key, value in part.items() if key != "params"}
+        finally:
+            self._adam.param_groups = groups
+        torch.cuda.current_stream().synchronize()  # whoever reads them next may do so without the device
+
+    def _pieces(self, weights: list[Tensor]) -> Iterator[list[Tensor]]:
+        piece: list[Tensor] = []
+        held = 0
+        for weight in weights:
+            size = len(MOMENTS) * weight.nbytes
+            if piece and held + size > self._piece_bytes:
+                yield piece
+                piece, held = [], 0
+            piece.append(weight)
+            held += size
+        if piece:
+            yield piece
+
+    def _update(self, piece: list[Tensor]) -> None:
+        states = [self._adam.state[weight] for weight in piece]
+        on_host = [{name: state[name] for name in MOMENTS} for state in states]
+        for weight, state, moments in zip(piece, states, on_host):
+            for name, moment in moments.items():
+                state[name] = torch.empty_like(weight).copy_(moment, non_blocking=True)
+        self._step()
+        for state, moments in zip(states, on_host):
+            for name, moment in moments.items():
+                state[name] = moment.copy_(state[name], non_blocking=True)
+
+
+def _host_zeros(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight, device="cpu", pin_memory=weight.is_cuda)
