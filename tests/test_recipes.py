@@ -21,8 +21,8 @@ RECIPES: dict[str, type[SftConfig] | type[RlConfig]] = {
 }  # fmt: skip
 H100_BYTES = round(80 * 2**30 * 0.99)
 ROW = re.compile(
-    r"^\| (\d+) \| TP(\d+) CP(\d+) PP(\d+) EP(\d+) DP(\d+) \| (\S+) \| (\d+) \| ([\d.]+) "
-    r"\| ([\d,]+) \| (\d+) s \|$",
+    r"^\| (\d+) \| TP(\d+) CP(\d+) PP(\d+)(?: VPP(\d+))? EP(\d+) DP(\d+) \| (\S+) \| (\d+) "
+    r"\| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| (\d+) s \|$",
     re.M,
 )
 
@@ -32,7 +32,7 @@ def recipe(name: str) -> SftConfig | RlConfig:
 
 
 def planned(config: SftConfig | RlConfig, parallel: ParallelConfig, ranks: int, rows: int) -> LayoutPlan:
-    """A layout with the recomputation that it needs."""
+    """A layout with the recomputation and the offloading that it needs."""
     hf, model = load_hf_config(config.model.shape), config.model
     row_tokens = config.row_length if isinstance(config, RlConfig) else config.data.row_length
     return plan_layout(Question(hf, model, ranks, H100_BYTES, row_tokens, rows), parallel)
@@ -44,20 +44,24 @@ def test_figures_in_the_readme_are_the_planner_s(name: str) -> None:
     rows = ROW.findall((EXAMPLES / name).with_name("README.md").read_text())
     assert rows
     layouts = []
-    for gpus, tensor, context, pipeline, expert, data, recompute, batch, gigabytes, speed, seconds in rows:
+    for row in rows:
+        gpus, tensor, context, pipeline, virtual, expert, data = (int(ways or 1) for ways in row[:7])
+        recompute, batch, gigabytes, on_host, speed, seconds = row[7:]
         parallel = ParallelConfig(
-            tensor=int(tensor), context=int(context), pipeline=int(pipeline), expert=int(expert)
+            tensor=tensor, context=context, pipeline=pipeline, virtual=virtual, expert=expert
         )
-        layouts.append((parallel, recompute))
-        assert parallel.data(int(gpus)) == int(data)
-        plan = planned(config, parallel, int(gpus), int(batch))
+        layouts.append((parallel, recompute, on_host != "0.0"))
+        assert parallel.data(gpus) == data
+        plan = planned(config, parallel, gpus, int(batch))
         found = plan.recompute if isinstance(plan.recompute, str) else "+".join(plan.recompute)
         assert plan.fits and found == recompute, plan.reason
         assert f"{plan.fullest.total / 1e9:.1f}" == gigabytes
-        assert f"{plan.tokens_per_second / int(gpus):,.0f}" == speed
+        assert f"{plan.host_bytes / 1e9:.1f}" == on_host
+        assert f"{plan.tokens_per_second / gpus:,.0f}" == speed
         assert round(plan.time.total) == int(seconds)
     ours = config.model.recompute
-    assert (config.parallel, ours if isinstance(ours, str) else "+".join(ours)) in layouts
+    again = ours if isinstance(ours, str) else "+".join(ours)
+    assert (config.parallel, again, config.optimizer.offload) in layouts
 
 
 @pytest.mark.parametrize("name", ["glm45_air_sft/sft", "qwen3_30b_a3b/sft"])

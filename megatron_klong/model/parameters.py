@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -27,6 +28,9 @@ class Parameters:
 
     def __add__(self, other: Parameters) -> Parameters:
         return Parameters(self.dense + other.dense, self.experts + other.experts, self.bias + other.bias)
+
+    def __mul__(self, times: int) -> Parameters:
+        return Parameters(self.dense * times, self.experts * times, self.bias * times)
 
     @property
     def total(self) -> int:
@@ -83,7 +87,8 @@ def rank_parameters(hf: DecoderConfig, parallel: ParallelConfig) -> tuple[RankPa
     for rank in range(parallel.pipeline):
         own = tuple(stages[rank :: parallel.pipeline])
         is_first, is_last = rank == 0, rank == parallel.pipeline - 1
-        held = sum((kinds[is_moe[n]] for layers in own for n in layers), Parameters())
+        count = Counter(is_moe[n] for layers in own for n in layers)
+        held = sum((kinds[kind] * layers for kind, layers in count.items()), Parameters())
         vocabulary = hf.vocab_size // parallel.tensor * hf.hidden_size
         if is_first:
             held += Parameters(dense=vocabulary)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 
+
+@lru_cache(maxsize=4096)  # a search asks the same of many layouts
 def stage_layers(layers: int, stages: int) -> tuple[int, ...]:
     """Decoder layers of each pipeline stage, in order.
 

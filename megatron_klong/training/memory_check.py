@@ -69,6 +69,6 @@ def _check_host(needed: int) -> None:
     if needed > host_bytes():
         raise ValueError(
             f"optimizer.offload=true: the ranks of this machine would keep {needed / 1e9:.1f} GB in its "
-            f"memory of {host_bytes() / 1e9:.1f} GB; spread the model over more machines, set it to false, or "
-            "try all the same with run.check_memory=false"
+            f"memory of {host_bytes() / 1e9:.1f} GB; spread the model over more machines, set it to false, "
+            "or try all the same with run.check_memory=false"
         )
