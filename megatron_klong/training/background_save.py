@@ -42,20 +42,17 @@ class BackgroundSave:
     Args:
         state: what Megatron's ``dist_checkpointing.save`` takes.
         live: tensors that training will change; they are copied first.
-        metadata: of the content, as Megatron wants it.
 
     Raises:
         OSError: the first rank could not write the part that is not sharded.
     """
 
-    def __init__(
-        self, state: dict[str, Any], folder: Path, live: Iterable[Tensor], metadata: dict[str, Any]
-    ) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, live: Iterable[Tensor]) -> None:
         _collect_in_process()
         self._folder = folder
         request = dist_checkpointing.save(
             state, str(folder), sharded_strategy=_ThreadedStrategy(set(map(_place, live))),
-            async_sharded_save=True, content_metadata=metadata,
+            async_sharded_save=True,
         )  # fmt: skip
         assert request is not None
         self._finish: list[Callable[[], None]] = request.finalize_fns

@@ -19,9 +19,9 @@ from megatron.core import dist_checkpointing
 from megatron_klong.platform.lifetime import to_disk
 from megatron_klong.training.background_save import BackgroundSave
 from megatron_klong.training.first_rank import on_first
-from megatron_klong.training.model_checkpoint import checkpoint_metadata, put_model, sharded_model
+from megatron_klong.training.model_checkpoint import put_model, sharded_model
 from megatron_klong.training.moments import allocate_moments
-from megatron_klong.training.optimizer_state import load_optimizer
+from megatron_klong.training.optimizer_state import owned_tensors, put_optimizer, sharded_optimizer
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.trainer import Trainer
 
@@ -138,12 +138,14 @@ class CheckpointSaver:
 
         with _explained(final):
             on_first(make_room)
-            state = _sharded_state(trainer, is_loading=False) | {
+            state = _sharded_state(trainer) | {
                 "scheduler": trainer.scheduler.state_dict(),
                 "progress": asdict(progress),
             }
-            live = chain(trainer.model.parameters(), trainer.model.buffers())
-            self._under_way = BackgroundSave(state, unfinished, live, checkpoint_metadata()), final
+            live = chain(
+                trainer.model.parameters(), trainer.model.buffers(), owned_tensors(trainer.optimizer)
+            )
+            self._under_way = BackgroundSave(state, unfinished, live), final
         return final
 
     def poll(self) -> Path | None:
@@ -190,20 +192,19 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
     Args:
         kind: of the progress that was saved.
     """
-    allocate_moments(trainer.optimizer, on_host=trainer.offloads)
-    loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(folder))
+    asked = _sharded_state(trainer)
+    optimizer = asked["optimizer"]
+    loaded = dist_checkpointing.load(asked, str(folder))
     put_model(trainer.model, loaded)
-    load_optimizer(trainer.optimizer, loaded["optimizer"])
+    put_optimizer(trainer.optimizer, optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])
     return kind.of(loaded["progress"])
 
 
-def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(trainer: Trainer) -> dict[str, Any]:
     model = sharded_model(trainer.model)
-    optimizer = trainer.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=checkpoint_metadata()
-    )
-    return {**model, "optimizer": optimizer}
+    allocate_moments(trainer.optimizer, on_host=trainer.offloads)
+    return {**model, "optimizer": sharded_optimizer(trainer.optimizer, model)}
 
 
 def _check_finite(trainer: Trainer, step: int) -> None:

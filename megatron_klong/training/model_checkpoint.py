@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_klong.model.row_model import RankModel
-
-
-def checkpoint_metadata() -> dict[str, Any]:
-    """How Megatron lays out what it saves; a new dictionary each time, since it notes groups in it."""
-    return {
-        # Megatron 0.16 refuses its default optimizer format; this one can be read at another layout.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        # Else it gathers moments on the devices, a whole buffer of gradients' worth at a time.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -36,8 +25,9 @@ def sharded_model(model: RankModel) -> dict[str, Any]:
 
     The entries' names are this rank's; what is inside says its own place in the whole model.
     """
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {
-        _entry(number): stage.sharded_state_dict(metadata=checkpoint_metadata())
+        _entry(number): stage.sharded_state_dict(metadata={"dp_cp_group": copies})
         for number, stage in enumerate(model)
     }
 
