@@ -40,7 +40,7 @@ def test_the_same_run_may_start_again_at_another_layout(tmp_path: Path, inputs: 
     run = RunDirectory(tmp_path)
     prepare(run, config(), inputs, fresh=False)
     trained(run)
-    prepare(run, config("parallel.nproc=8", "log.every=1"), inputs, fresh=False)
+    prepare(run, config("parallel.nproc=8", "log.every=1", "optimizer.offload=true"), inputs, fresh=False)
     assert "nproc: 8" in run.config.read_text()
 
 

@@ -68,6 +68,8 @@ ROWS = (
     Row("parity-bf16", "log-probs against transformers, bf16", ("megatron.core", "transformers")),
     Row("step-fp32", "train steps, fp32", ("megatron.core",)),
     Row("step-bf16", "train steps, bf16", ("megatron.core",)),
+    Row("offload-bf16", "moments in host memory: the same weights, bit for bit", ("megatron.core",)),
+    Row("checkpoint-bf16", "saved and loaded: the same next steps, bit for bit", ("megatron.core",)),
     Row("sync-shm", "vLLM parity, syncs by shared memory", ("megatron.core", "vllm")),
     Row("sync-ipc", "vLLM parity, syncs by CUDA IPC, one GPU", ("megatron.core", "vllm"), gpus=1),
     Row("sync-nccl", "vLLM parity, syncs by NCCL, two GPUs", ("megatron.core", "vllm"), gpus=2),

@@ -38,8 +38,9 @@ def main(name: str, folder: Path) -> str:
         return _sync(which, folder)  # type: ignore[arg-type]
     if kind == "parity":
         return _parity(which, folder)  # type: ignore[arg-type]
-    if kind == "step":
-        return _alone(partial(_step, which, folder), folder)  # type: ignore[arg-type]
+    if kind in ("step", "offload", "checkpoint"):
+        check = {"step": _step, "offload": _offload, "checkpoint": _checkpoint}[kind]
+        return _alone(partial(check, which, folder), folder)  # type: ignore[arg-type]
     return {"transformer-engine": _transformer_engine, "apex": _apex}[name]()
 
 
@@ -111,6 +112,51 @@ def _step(precision: Precision, folder: Path, platform: Platform) -> str:
         f"{STEPS * ROW_TOKENS / seconds:,.0f} tokens/s on {platform.name}, loss {results[0].loss:.3f} -> "
         f"{results[-1].loss:.3f}{memory}"
     )
+
+
+def _offload(precision: Precision, folder: Path, platform: Platform) -> str:
+    import torch
+
+    from megatron_klong.checks.tiny import write_tiny_model
+    from megatron_klong.checks.trainer import RandomTokens
+    from megatron_klong.config import ParallelConfig
+
+    weights = write_tiny_model(folder / "model", precision)
+    ends = []
+    for offload in (False, True):
+        model = RandomTokens(platform, weights, ParallelConfig(), precision, ROW_TOKENS, offload=offload)
+        losses = [model.step().loss for _ in range(STEPS)]
+        ends.append((losses, [each.detach().clone() for each in model.trainer.model.parameters()]))
+    (kept, kept_weights), (moved, moved_weights) = ends
+    same = all(torch.equal(a, b) for a, b in zip(kept_weights, moved_weights, strict=True))
+    if kept != moved or not same:
+        raise AssertionError(
+            f"losses {kept} and, with moments in host memory, {moved}; weights equal: {same}"
+        )
+    return f"{STEPS} steps on {platform.name}, loss {kept[0]:.3f} -> {kept[-1]:.3f} with both"
+
+
+def _checkpoint(precision: Precision, folder: Path, platform: Platform) -> str:
+    from megatron_klong.checks.tiny import write_tiny_model
+    from megatron_klong.checks.trainer import RandomTokens
+    from megatron_klong.config import ParallelConfig
+    from megatron_klong.training.checkpointing import load_checkpoint, save_checkpoint
+    from megatron_klong.training.sft import SftProgress
+
+    weights = write_tiny_model(folder / "model", precision)
+    model = RandomTokens(platform, weights, ParallelConfig(), precision, ROW_TOKENS)
+    for _ in range(2):
+        model.step()
+    start = time.perf_counter()
+    saved = save_checkpoint(model.trainer, SftProgress(2), folder / "checkpoints", keep_last=1)
+    seconds = time.perf_counter() - start
+    went_on = [model.step().loss for _ in range(3)]
+    model.restart(load_checkpoint(model.trainer, saved, SftProgress).step)
+    again = [model.step().loss for _ in range(3)]
+    if went_on != again:
+        raise AssertionError(f"losses {went_on}, and {again} from the checkpoint")
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    return f"{size / 1e6:.1f} MB written in {seconds:.2f} s on {platform.name}, losses go on as they did"
 
 
 def _alone(check: Callable[[Platform], Found], folder: Path) -> Found:

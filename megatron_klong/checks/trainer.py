@@ -24,26 +24,32 @@ class RandomTokens:
 
     Args:
         weights: Hugging Face folder, or with ``fresh`` one that has a config only.
+        offload: keep Adam's moments in host memory.
     """
 
     def __init__(
         self, platform: Platform, weights: Path, parallel: ParallelConfig, precision: Literal["fp32", "bf16"],
-        row_tokens: int, *, fresh: bool = False,
+        row_tokens: int, *, fresh: bool = False, offload: bool = False,
     ) -> None:  # fmt: skip
         self.hf: DecoderConfig = load_hf_config(weights)
         self.row_tokens = row_tokens
         model = {"hf_config": weights, "weights": None if fresh else weights, "precision": precision}
         settings = TrainerSettings(
             model=ModelConfig.model_validate(model), parallel=parallel, row_tokens=row_tokens,
-            steps=1_000_000, optimizer=OptimizerConfig(lr=1e-3, schedule="constant"), seed=1234,
+            steps=1_000_000, seed=1234,
+            optimizer=OptimizerConfig(lr=1e-3, schedule="constant", offload=offload),
         )  # fmt: skip
         self.trainer: Trainer = build_trainer(settings, self.hf, platform)
         self._steps = 0
 
     def step(self) -> StepResult:
-        """One optimizer step on one row for each data-parallel rank."""
+        """One optimizer step on one row for each data-parallel rank, or as few as its stages take."""
         self._steps += 1
-        return train_step(self.trainer, [self._row()], sft_objective)
+        return train_step(self.trainer, [self._row()] * self.trainer.row_multiple, sft_objective)
+
+    def restart(self, step: int) -> None:
+        """Go on with the rows behind those of ``step``."""
+        self._steps = step
 
     def _row(self) -> PackedRow:
         seed = (self._steps, parallel_state.get_data_parallel_rank())

@@ -27,6 +27,7 @@ _CHANGEABLE = (
     "model.preset",
     "model.recompute*",
     "model.weights",
+    "optimizer.offload",
     "parallel.*",
     "rollout.concurrent",
     "run.check_memory",

@@ -33,6 +33,7 @@ SFT_CHANGEABLE = (
     "model.preset",
     "model.recompute*",
     "model.weights",
+    "optimizer.offload",
     "parallel.*",
     "run.check_memory",
     "run.dir",
