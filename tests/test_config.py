@@ -68,6 +68,10 @@ def test_a_file_overrides_the_keys_that_it_has(tmp_path: Path) -> None:
             "parallel.nproc=6",
             "6 ranks cannot hold tensor=2 x context=1 x pipeline=2 with expert=2; use a mult",
         ),
+        (
+            "parallel={pipeline: 1, virtual: 2}",
+            "virtual=2 interleaves stages of a pipeline, and pipeline is 1",
+        ),
         ("optimizer.warmup_steps=200", "warmup_steps=200 must be below the run's 200 optimizer steps"),
     ],
 )
@@ -94,6 +98,9 @@ def test_batch_must_divide_over_data_parallel_ranks() -> None:
         ValueError, match="global_batch_rows=3 is no multiple of the 2 data-parallel ranks; use 4"
     ):
         load_config(SftConfig, EXAMPLE, ["parallel.nproc=8", "training.global_batch_rows=3"])
+    interleaved = ["parallel.virtual=2", "training.global_batch_rows=3"]
+    with pytest.raises(ValueError, match=r"1 data-parallel ranks times parallel\.pipeline=2, .*; use 4"):
+        load_config(SftConfig, EXAMPLE, interleaved)
 
 
 @pytest.mark.parametrize(

@@ -59,17 +59,17 @@ def test_glm_air_at_256_ranks_on_a_laptop(domain_store: Path, tmp_path: Path) ->
     assert plan["parameters"] == {
         "total": 106_852_245_504, "active": 13_424_123_904, "prediction": 2_375_059_456,
     }  # fmt: skip
-    assert [stage["rank"] for stage in plan["stages"]] == [0, 128]
+    assert [place["rank"] for place in plan["pipeline"]] == [0, 128]
     # By hand, of TP4 and EP8: an expert layer has 16 experts and a quarter of all but norms and router.
     hidden, expert = 4096, 3 * 4096 * 1408
     attention = (hidden * 14336 + 14336 + 12288 * hidden) // 4 + hidden
     layer = attention + hidden + 128 * hidden + 16 * expert + expert // 4
     dense = attention + hidden + 3 * hidden * 10944 // 4
     words = 151552 * hidden // 4
-    assert plan["stages"][0]["parameters"] == words + dense + 22 * layer
+    assert plan["pipeline"][0]["parameters"] == words + dense + 22 * layer
     # A prediction layer: a layer, three norms, the product of two states; and the embedding again.
     prediction = layer + 3 * hidden + 2 * hidden * hidden // 4
-    assert plan["stages"][1]["parameters"] == 23 * layer + hidden + words + prediction + words
+    assert plan["pipeline"][1]["parameters"] == 23 * layer + hidden + words + prediction + words
     weights = 2 * (106_852_245_504 + 2_375_059_456) + 4 * 46 * 128
     assert plan["checkpoint_bytes"] == weights + 12 * 106_852_245_504
 

@@ -33,6 +33,7 @@ from megatron_klong.model.stages import stage_layers
 from megatron_klong.planner.memory import NO_OVERHEADS, MemoryModel
 from megatron_klong.planner.schedule import backward_moments
 from megatron_klong.planner.search import Question, plan_layout, search
+from megatron_klong.training import memory_check
 from tests.test_sft import ROOT, arguments
 
 GIB = 2**30
@@ -329,3 +330,33 @@ def test_a_run_that_cannot_fit_is_refused(domain_store: Path, tmp_path: Path) ->
     )
     assert "no layout of 4 ranks fits" in done.stderr and "run.check_memory=false" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_offloaded_must_fit_the_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On eight GPUs of 80 GB that are made up, without Transformer Engine's thrifty norms."""
+
+    def check(*overrides: str, host_gb: int = 1000) -> None:
+        monkeypatch.setattr(memory_check, "gpu_bytes", lambda: round(H100 * GIB))
+        monkeypatch.setattr(memory_check, "host_bytes", lambda: host_gb * 10**9)
+        config = load_config(
+            SftConfig, ROOT / "examples" / "qwen3_30b_a3b" / "sft.yaml", ["model.recompute=full", *overrides]
+        )
+        hf = load_hf_config(config.model.shape)
+        memory_check.check_memory(hf, config.trainer_settings(300), 8, 8, config.training.global_batch_rows)
+
+    check()
+    with pytest.raises(ValueError, match=r"does not fit: .* optimizer .*; use .* optimizer\.offload=true"):
+        check("optimizer.offload=false")
+    with pytest.raises(ValueError, match=r"would keep 244\.\d GB in its memory of 200\.0 GB; spread"):
+        check(host_gb=200)
+
+
+def test_offloading_is_taken_where_it_pays() -> None:
+    """Else it is only moved about: with room for all, or where nothing needs to be computed again."""
+    tight, roomy = (
+        replace(question(QWEN_30B, 8, gib, 32768, 16), offloads=(False, True)) for gib in (H100, 500)
+    )
+    assert not any(plan.offload for plan in search(roomy).fitting)
+    best, without = search(tight).fitting[0], search(replace(tight, offloads=(False,))).fitting
+    assert best.offload and best.host_bytes == pytest.approx(8 * 30_532_122_624 / 8, rel=0.01)
+    assert not without or best.tokens_per_second > without[0].tokens_per_second

@@ -153,6 +153,10 @@ def test_a_directory_with_other_files_is_refused(domain_store: Path, tmp_path: P
         ("model.hf_config=/nowhere", "/nowhere: no config.json here"),
         ("data.sources.replication.store=/nowhere/x", "store /nowhere/x: no readable header x.json"),
         ("data.window.max_tokens=64", "window: max_tokens=64 is too small"),
+        (
+            "parallel.virtual=3",
+            "parallel.virtual=3 exceeds the model's num_hidden_layers=4",
+        ),
         ("parallel.tensor=4", "parallel.tensor=4 does not divide the model's num_key_value_heads=2"),
         (
             "data.validation_fraction=0.01",

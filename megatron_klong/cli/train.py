@@ -61,8 +61,8 @@ def _show_plan(config: SftConfig, *, as_json: bool) -> None:
     prediction = f", and {counts.prediction:,} of prediction layers" if counts.prediction else ""
     print(f"model       {counts.total:,} parameters, {counts.active:,} active{prediction}")
     print(f"layout      {plan.layout}")
-    for number, stage in enumerate(plan.stages):
-        print(f"  stage {number}   {stage.parameters:,} parameters on each rank (rank {stage.rank} and on)")
+    for number, place in enumerate(plan.pipeline):
+        print(f"  pipeline {number}  {place.parameters:,} parameters on each rank (rank {place.rank} and on)")
     for source in plan.sources:
         print(
             f"source      {source.name}: {source.train_windows:,} windows of {source.train_tokens:,} tokens, "

@@ -18,11 +18,11 @@ _OPTIMIZER_BYTES = 12
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """A pipeline stage.
+class PipelineRankPlan:
+    """A place in the pipeline, with one stage or several.
 
     Attributes:
-        rank: the first one of it; all of a stage hold equally much.
+        rank: the first one there; all of them hold equally much.
         parameters: that it holds.
     """
 
@@ -64,7 +64,7 @@ class SftPlan:
     parameters: ParameterCounts
     layout: str
     ranks: int
-    stages: tuple[StagePlan, ...]
+    pipeline: tuple[PipelineRankPlan, ...]
     sources: tuple[SourcePlan, ...]
     phases: tuple[PhasePlan, ...]
     steps: int
@@ -92,7 +92,7 @@ def plan_sft(config: SftConfig) -> SftPlan:
         parameters=parameter_counts(hf),
         layout=config.parallel.described(ranks),
         ranks=ranks,
-        stages=_stages(hf, config.parallel, ranks),
+        pipeline=_pipeline(hf, config.parallel, ranks),
         sources=tuple(
             SourcePlan(
                 name=name,
@@ -138,10 +138,10 @@ def _most_checkpoints(config: SftConfig, steps: int) -> int:
     return len(for_good | set(last))
 
 
-def _stages(hf: DecoderConfig, parallel: ParallelConfig, ranks: int) -> tuple[StagePlan, ...]:
+def _pipeline(hf: DecoderConfig, parallel: ParallelConfig, ranks: int) -> tuple[PipelineRankPlan, ...]:
     check_layout(hf, parallel)
     each = ranks // parallel.pipeline
     return tuple(
-        StagePlan(number * each, held.decoder.total + held.prediction.total)
+        PipelineRankPlan(number * each, held.decoder.total + held.prediction.total)
         for number, held in enumerate(rank_parameters(hf, parallel))
     )
