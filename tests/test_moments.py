@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_klong.training import trainer as building
 from megatron_klong.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.moments import MOMENTS, keep_moments_on_host
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.sft import SftProgress
 from megatron_klong.training.step import train_step
 from megatron_klong.training.trainer import Trainer, build_trainer
@@ -135,3 +137,12 @@ def test_a_piece_at_a_time_is_away_from_the_host(ranks: RankPool, weights: Path)
         assert sum(away) == 2 * sum(sizes)
         assert len(away) < 2 * len(sizes)  # small ones go together
         assert max(away) <= max(PIECE, *sizes) < sum(sizes) / 4
+
+
+def test_apex_is_refused() -> None:
+    """Its Adam walks through lists of its own beside the groups, which a piece would cut short."""
+    optimizer = SimpleNamespace(
+        chained_optimizers=[SimpleNamespace(optimizer=SimpleNamespace(param_groups_master=[]))]
+    )
+    with pytest.raises(RankError, match=r"optimizer\.offload=true needs Transformer Engine's Adam"):
+        keep_moments_on_host(optimizer)

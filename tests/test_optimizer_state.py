@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_klong.config import ParallelConfig
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
-from megatron_klong.training.checkpointing import save_checkpoint
+from megatron_klong.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron_klong.training.optimizer_state import boxes
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.sft import SftProgress
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
@@ -58,3 +60,21 @@ def test_every_rank_writes_its_share(ranks: RankPool, tmp_path: Path, parallel: 
     others = sorted(written)[: -parallel.expert]
     assert all(size == pytest.approx(12 * parameters / 4, rel=0.06) for size in others)
     assert sum(written) == pytest.approx(16 * parameters, rel=0.06)  # nothing twice
+
+
+def of_an_earlier_version(platform: Platform, folder: Path, out: Path) -> str:
+    parallel = ParallelConfig()
+    trainer = build_trainer(reference.settings(parallel, folder), load_hf_config(folder), platform)
+    saved = save_checkpoint(trainer, SftProgress(0), out, keep_last=1)
+    common = torch.load(saved / "common.pt", weights_only=False)
+    del common["optimizer"]["steps"]
+    torch.save(common, saved / "common.pt")
+    with pytest.raises(RankError) as caught:
+        load_checkpoint(trainer, saved, SftProgress)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    weights = ReferenceModel("glm").save(tmp_path / "weights")
+    (said,) = ranks.run(of_an_earlier_version, ParallelConfig(), 1, folder=weights, out=tmp_path / "out")
+    assert "is of an earlier version" in said and "model.weights=" in said

@@ -347,8 +347,8 @@ def test_what_is_offloaded_must_fit_the_machine_too(monkeypatch: pytest.MonkeyPa
     check()
     with pytest.raises(ValueError, match=r"does not fit: .* optimizer .*; use .* optimizer\.offload=true"):
         check("optimizer.offload=false")
-    with pytest.raises(ValueError, match=r"would keep 244\.\d GB in its memory of 200\.0 GB; spread"):
-        check(host_gb=200)
+    with pytest.raises(ValueError, match=r"would keep 244\.\d GB in its memory of 500\.0 GB, and 366"):
+        check(host_gb=500)
 
 
 def test_offloading_is_taken_where_it_pays() -> None:

@@ -124,7 +124,9 @@ def _offload(precision: Precision, folder: Path, platform: Platform) -> str:
     weights = write_tiny_model(folder / "model", precision)
     ends = []
     for offload in (False, True):
-        model = RandomTokens(platform, weights, ParallelConfig(), precision, ROW_TOKENS, offload=offload)
+        model = RandomTokens(
+            platform, weights, ParallelConfig(), precision, ROW_TOKENS, offload=offload, deterministic=True
+        )
         losses = [model.step().loss for _ in range(STEPS)]
         ends.append((losses, [each.detach().clone() for each in model.trainer.model.parameters()]))
     (kept, kept_weights), (moved, moved_weights) = ends
@@ -144,7 +146,7 @@ def _checkpoint(precision: Precision, folder: Path, platform: Platform) -> str:
     from megatron_klong.training.sft import SftProgress
 
     weights = write_tiny_model(folder / "model", precision)
-    model = RandomTokens(platform, weights, ParallelConfig(), precision, ROW_TOKENS)
+    model = RandomTokens(platform, weights, ParallelConfig(), precision, ROW_TOKENS, deterministic=True)
     for _ in range(2):
         model.step()
     start = time.perf_counter()

@@ -25,15 +25,21 @@ class RandomTokens:
     Args:
         weights: Hugging Face folder, or with ``fresh`` one that has a config only.
         offload: keep Adam's moments in host memory.
+        deterministic: compute the same bits each time.
     """
 
     def __init__(
         self, platform: Platform, weights: Path, parallel: ParallelConfig, precision: Literal["fp32", "bf16"],
-        row_tokens: int, *, fresh: bool = False, offload: bool = False,
+        row_tokens: int, *, fresh: bool = False, offload: bool = False, deterministic: bool = False,
     ) -> None:  # fmt: skip
         self.hf: DecoderConfig = load_hf_config(weights)
         self.row_tokens = row_tokens
-        model = {"hf_config": weights, "weights": None if fresh else weights, "precision": precision}
+        model = {
+            "hf_config": weights,
+            "weights": None if fresh else weights,
+            "precision": precision,
+            "deterministic": deterministic,
+        }
         settings = TrainerSettings(
             model=ModelConfig.model_validate(model), parallel=parallel, row_tokens=row_tokens,
             steps=1_000_000, seed=1234,

@@ -148,7 +148,8 @@ class MemoryModel:
         kept, now = self._fullest_moment(place, stages)
         temporary, moments = now.temporary, MOMENT_BYTES * owned
         if self.offload:  # there is nothing else while a piece is updated
-            temporary = max(temporary, self._piece(moments) - kept - now.logits)
+            piece = self._piece(place, moments)
+            temporary = max(temporary, piece - kept - now.logits)
             moments = 0
         tensors = (
             size * both.total + _WIDE * both.bias, GRADIENT_BYTES * trained,
@@ -176,15 +177,16 @@ class MemoryModel:
         copies, expert_copies = self._copies()
         return trained.total, round(trained.dense / copies + trained.experts / expert_copies)
 
-    def _piece(self, moments: int) -> int:
-        """Of offloaded moments on the device: a piece, or those of the largest weight, a layer's experts."""
-        largest = 0
-        if self.hf.moe is not None:
-            numbers = (
-                self.hf.moe.experts // self.parallel.expert * 2 * self.hf.moe.width * self.hf.hidden_size
-            )
-            largest = MOMENT_BYTES * numbers // self._copies()[1]
-        return min(moments, max(_PIECE_BYTES, largest))
+    def _piece(self, place: int, moments: int) -> int:
+        """Of offloaded moments on the device: a piece, or those of the largest weight, if a rank owns all of
+        it: embedding, head, or experts, which Transformer Engine holds one by one."""
+        hf, largest = self.hf, 0
+        if place in (0, self.parallel.pipeline - 1):
+            largest = hf.vocab_size // self.parallel.tensor * hf.hidden_size
+        if hf.moe is not None:
+            together = hf.moe.experts // self.parallel.expert if self.kernels == "torch" else 1
+            largest = max(largest, together * 2 * hf.moe.width * hf.hidden_size)
+        return min(moments, max(_PIECE_BYTES, MOMENT_BYTES * largest))
 
     def _copies(self) -> tuple[int, int]:
         """Ranks with the same dense parameters, and with the same experts: they share the optimizer."""
@@ -292,13 +294,16 @@ class MemoryModel:
             numbers += tokens.row * 2 * hf.num_key_value_heads // parallel.tensor * hf.head_dim
         if parallel.tensor > 1:  # hidden states of all its ranks
             numbers += tokens.own * hf.hidden_size
-        if parallel.pipeline > 1:  # hidden states one way, their gradients the other
-            numbers += 2 * tokens.shared * hf.hidden_size
+        if (
+            parallel.pipeline > 1
+        ):  # hidden states one way, their gradients the other; interleaved, next ones too
+            numbers += (3 if parallel.virtual > 1 else 2) * tokens.shared * hf.hidden_size
         return WEIGHT_BYTES[self.model.precision] * numbers
 
     def _communication(self) -> int:
         parallel, (copies, expert_copies) = self.parallel, self._copies()
         sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.expert, copies, expert_copies)
         groups = sum(size > 1 for size in sizes)
+        groups += 2 if parallel.virtual > 1 else 0  # to each neighbour
         peers = min(parallel.expert - 1, self.overheads.peers)
         return self.overheads.communicator * groups + self.overheads.peer * peers

@@ -151,7 +151,8 @@ def plan_layout(
 
 def _plan(question: Question, parallel: ParallelConfig, recompute: Recompute, offload: bool) -> LayoutPlan:
     data = parallel.data(question.ranks)
-    micro_batches = parallel.pipeline if question.rows is None else question.rows // data
+    filling = parallel.pipeline * (2 if parallel.virtual > 1 else 1)  # so that all that can be is under way
+    micro_batches = filling if question.rows is None else question.rows // data
     model = question.model.model_copy(update={"recompute": recompute})
     memory_model = MemoryModel(
         question.hf, parallel, model, question.ranks, question.row_tokens, micro_batches,

@@ -191,10 +191,18 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
 
     Args:
         kind: of the progress that was saved.
+
+    Raises:
+        RankError: the checkpoint is of another version.
     """
     asked = _sharded_state(trainer)
     optimizer = asked["optimizer"]
     loaded = dist_checkpointing.load(asked, str(folder))
+    if "steps" not in loaded["optimizer"]:
+        raise RankError(
+            f"checkpoint {folder} is of an earlier version, whose optimizer this one cannot read; start "
+            f"another run with model.weights={folder}"
+        )
     put_model(trainer.model, loaded)
     put_optimizer(trainer.optimizer, optimizer, loaded["optimizer"])
     trainer.scheduler.load_state_dict(loaded["scheduler"])

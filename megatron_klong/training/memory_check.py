@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_klong.config import TrainerSettings
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.planner.memory import OVERHEADS, Overheads
+from megatron_klong.planner.memory import COPY_BYTES, MOMENT_BYTES, OVERHEADS, Overheads
 from megatron_klong.planner.search import Question, plan_layout, search
 from megatron_klong.platform.memory import gpu_bytes, host_bytes
 
@@ -64,11 +64,14 @@ def check_memory(
     )
 
 
-def _check_host(needed: int) -> None:
-    """Refuse to offload more than this machine has."""
-    if needed > host_bytes():
+def _check_host(moments: int) -> None:
+    """Refuse to offload more than this machine has, while a checkpoint is written: a copy of everything that
+    the optimizer has, of moments and fp32 weights."""
+    copy = moments * (MOMENT_BYTES + COPY_BYTES["bf16"]) // MOMENT_BYTES
+    if moments + copy > host_bytes():
         raise ValueError(
-            f"optimizer.offload=true: the ranks of this machine would keep {needed / 1e9:.1f} GB in its "
-            f"memory of {host_bytes() / 1e9:.1f} GB; spread the model over more machines, set it to false, "
-            "or try all the same with run.check_memory=false"
+            f"optimizer.offload=true: the ranks of this machine would keep {moments / 1e9:.1f} GB in its "
+            f"memory of {host_bytes() / 1e9:.1f} GB, and {copy / 1e9:.1f} more while a checkpoint is "
+            "written; spread the model over more machines, set it to false, or try all the same with "
+            "run.check_memory=false"
         )

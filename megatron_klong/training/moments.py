@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megatron_klong.training.rank_entry import RankError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Their names in the state of torch's AdamW, and of the fused ones of Transformer Engine and Apex."""
 
 PIECE_BYTES = 1 << 28
 """Of moments that are on the device at a time, unless one parameter has more."""
+
+_BLOCK_BYTES = 1 << 30
 
 
 def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
@@ -30,13 +34,14 @@ def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
     Args:
         on_host: put it into host memory, pinned where there is a GPU.
     """
+    zeros_like = _HostBlocks().zeros_like if on_host else torch.zeros_like
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for weight in group["params"]:
                 state = part.optimizer.state[weight]
                 for name in MOMENTS:
                     if name not in state:
-                        state[name] = _host_zeros(weight) if on_host else torch.zeros_like(weight)
+                        state[name] = zeros_like(weight)
                 if isinstance(part.optimizer, torch.optim.AdamW):
                     state.setdefault("step", torch.tensor(0.0))
 
@@ -49,7 +54,15 @@ def keep_moments_on_host(optimizer: Any, piece_bytes: int = PIECE_BYTES) -> None
     Args:
         optimizer: Megatron's, which has taken no step.
         piece_bytes: of moments on the device at a time.
+
+    Raises:
+        RankError: Apex's Adam, which has lists of its own beside the groups that are stepped.
     """
+    if any(hasattr(part.optimizer, "param_groups_master") for part in optimizer.chained_optimizers):
+        raise RankError(
+            "optimizer.offload=true needs Transformer Engine's Adam, or torch's, and this is Apex's; install "
+            "transformer-engine, or set it to false"
+        )
     allocate_moments(optimizer, on_host=True)
     for part in optimizer.chained_optimizers:
         part.optimizer.step = _PieceByPiece(part.optimizer, piece_bytes).step
@@ -104,5 +117,16 @@ class _PieceByPiece:
                 state[name] = moment.copy_(state[name], non_blocking=True)
 
 
-def _host_zeros(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight, device="cpu", pin_memory=weight.is_cuda)
+class _HostBlocks:
+    """Tensors side by side in blocks of host memory: torch rounds each pinned one up to a power of two."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    def zeros_like(self, weight: Tensor) -> Tensor:
+        size = -(-weight.nbytes // 64) * 64
+        if size > self._block.numel():
+            count = max(size, _BLOCK_BYTES)
+            self._block = torch.zeros(count, dtype=torch.uint8, pin_memory=weight.is_cuda)
+        own, self._block = self._block[: weight.nbytes], self._block[size:]
+        return own.view(weight.dtype).view(weight.shape)
