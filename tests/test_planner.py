@@ -198,8 +198,8 @@ def test_activations_are_as_measured_by_others() -> None:
         (question(AIR, 32, 96 * 0.99, 2048, 128), ParallelConfig(pipeline=4, expert=8), True),
         (question(AIR, 32, H100, 2048, 128), ParallelConfig(pipeline=4, expert=8), False),
         (
-            replace(question(AIR, 32, H100, 2048, 128), offloads=(True,)), ParallelConfig(pipeline=4, expert=8),
-            True,
+            replace(question(AIR, 32, H100, 2048, 128), offloads=(True,)),
+            ParallelConfig(pipeline=4, expert=8), True,
         ),
         (question(AIR, 64, H100, 2048, 128), ParallelConfig(pipeline=4, expert=8), True),
     ],
