@@ -191,6 +191,12 @@ def test_activations_are_as_measured_by_others() -> None:
             question(QWEN_235B, 256, H100, 4096, 512),
             ParallelConfig(tensor=4, pipeline=16, context=2, expert=8), True,
         ),
+        # Its benchmarks on H100 with interleaved stages (of 8-bit products, which keep less): have run.
+        (question(QWEN_30B, 16, H100, 8192, 256), ParallelConfig(pipeline=2, virtual=24, expert=8), True),
+        (
+            question(QWEN_235B, 256, H100, 4096, 8192),
+            ParallelConfig(tensor=2, pipeline=8, virtual=4, expert=32), True,
+        ),
         (question(QWEN_235B, 32, H100, 2048, 128), ParallelConfig(tensor=4, pipeline=8, expert=4), False),
         # GLM-4.5-Air on 32 devices at Megatron-Bridge's layout. Its makers ask for 32 H20 of 96 GiB; with
         # fp32 gradients and optimizer, 80 are not enough (nobody has published such a run) unless moments are
