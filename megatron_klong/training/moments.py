@@ -10,7 +10,7 @@ without GPUs cannot run; ``offload_to_cpu`` brings everything back for a step, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ PIECE_BYTES = 1 << 28
 """Of moments that are on the device at a time, unless one parameter has more."""
 
 _BLOCK_BYTES = 1 << 30
+_ALIGNMENT = 64
 
 
 def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
@@ -34,16 +35,21 @@ def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
     Args:
         on_host: put it into host memory, pinned where there is a GPU.
     """
-    zeros_like = _HostBlocks().zeros_like if on_host else torch.zeros_like
+    missing = [
+        (part.optimizer.state[weight], name, weight)
+        for part in optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for weight in group["params"]
+        for name in MOMENTS
+        if name not in part.optimizer.state[weight]
+    ]
+    blocks = _HostBlocks(weight for _, _, weight in missing)
+    for state, name, weight in missing:
+        state[name] = blocks.zeros_like(weight) if on_host else torch.zeros_like(weight)
     for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for weight in group["params"]:
-                state = part.optimizer.state[weight]
-                for name in MOMENTS:
-                    if name not in state:
-                        state[name] = zeros_like(weight)
-                if isinstance(part.optimizer, torch.optim.AdamW):
-                    state.setdefault("step", torch.tensor(0.0))
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
 
 def keep_moments_on_host(optimizer: Any, piece_bytes: int = PIECE_BYTES) -> None:
@@ -118,15 +124,25 @@ class _PieceByPiece:
 
 
 class _HostBlocks:
-    """Tensors side by side in blocks of host memory: torch rounds each pinned one up to a power of two."""
+    """Tensors side by side in blocks of host memory: torch rounds each pinned one up to a power of two.
 
-    def __init__(self) -> None:
+    Args:
+        weights: that there will be a tensor for.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
+        self._missing = sum(map(_aligned, weights))
 
     def zeros_like(self, weight: Tensor) -> Tensor:
-        size = -(-weight.nbytes // 64) * 64
+        size = _aligned(weight)
         if size > self._block.numel():
-            count = max(size, _BLOCK_BYTES)
+            count = max(size, min(_BLOCK_BYTES, self._missing))
             self._block = torch.zeros(count, dtype=torch.uint8, pin_memory=weight.is_cuda)
         own, self._block = self._block[: weight.nbytes], self._block[size:]
+        self._missing -= size
         return own.view(weight.dtype).view(weight.shape)
+
+
+def _aligned(weight: Tensor) -> int:
+    return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
