@@ -20,6 +20,8 @@ from tests.test_sft import KLONG, ROOT, arguments, losses, metrics, sft
 pytestmark = pytest.mark.timeout(600)
 SFT, CONVERT, RL = (ROOT / "slurm" / f"{name}.sbatch" for name in ("sft", "convert", "rl"))
 CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
+LONG = ("data.phases.train.steps=16", "data.row_tokens=1024", "training.global_batch_rows=8")
+"""A run that goes on for longer than Slurm takes to miss a node, or to start a second job."""
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", *CPU)
 
 
@@ -60,7 +62,7 @@ def steps(run: Path) -> int:
 def undisturbed(domain_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that others are compared with, by `klong sft` on its own ranks."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    sft(domain_store, run, "data.phases.train.steps=16")
+    sft(domain_store, run, *LONG)
     return run
 
 
@@ -71,9 +73,7 @@ def test_a_run_goes_on_after_preemption_with_the_same_losses(
     """Two nodes of two ranks: put back into the queue, as a preempting job does it; told to save before the
     time limit; a node's daemon killed."""
     run = tmp_path / "run"
-    job = cluster.submit(
-        *TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, "data.phases.train.steps=16")
-    )
+    job = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, *LONG))
     until(lambda: steps(run) >= 2)
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).stdout.split()
     if way == "requeue":
@@ -125,7 +125,7 @@ def test_a_layout_that_does_not_divide_the_tasks(
 def test_two_jobs_in_one_run_directory(cluster: SlurmCluster, domain_store: Path, tmp_path: Path) -> None:
     """The second is refused, and the first is not disturbed."""
     run = tmp_path / "run"
-    ours = settings(domain_store, run, "data.phases.train.steps=16")
+    ours = settings(domain_store, run, *LONG)
     first = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
     until(lambda: steps(run) >= 1)
     second = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *ours)
