@@ -66,8 +66,7 @@ def case_name(value: object) -> str:
     if isinstance(value, str):
         return value
     parallel, world = value  # type: ignore[misc]
-    pipeline = parallel.described_pipeline.replace(" ", "")
-    return f"TP{parallel.tensor}CP{parallel.context}{pipeline}EP{parallel.expert}of{world}"
+    return f"{parallel.name(world).replace(' ', '')}of{world}"
 
 
 def loss_and_errors(

@@ -182,7 +182,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
             numbers = "".join(f"{getattr(memory, kind) / _GB:8.1f}" for kind in kinds)
             speed = each.tokens_per_second / question.ranks
             print(
-                f"{_short(each, question.ranks):<31} {_saving(each):<34}{numbers}"
+                f"{each.parallel.name(question.ranks):<31} {_saving(each):<34}{numbers}"
                 f"{memory.total / _GB:8.1f}{speed:11,.0f}"
             )
     else:
@@ -190,7 +190,7 @@ def _print(model: str, counts: ParameterCounts, question: Question, found: Plan,
     if found.others:
         print(f"\n{len(found.others)} do not fit; the nearest:")
         for each in found.others[: min(show, 4)]:
-            print(f"  {_short(each, question.ranks)}: {each.reason}")
+            print(f"  {each.parallel.name(question.ranks)}: {each.reason}")
     for reason, count in found.impossible.items():
         print(f"  {count} cannot be: {reason}")
 
@@ -203,14 +203,6 @@ def _print_serving(servers: Serving | None, gpus: int, question: Question) -> No
         f"\nserving: {servers.servers} servers of {servers.tensor_parallel} devices, "
         f"{servers.contexts} contexts of {question.row_tokens:,} tokens at a time "
         f"({servers.context_bytes / _GB:.1f} GB each)"
-    )
-
-
-def _short(each: LayoutPlan, ranks: int) -> str:
-    parallel = each.parallel
-    return (
-        f"TP{parallel.tensor} CP{parallel.context} {parallel.described_pipeline} EP{parallel.expert} "
-        f"DP{parallel.data(ranks)}"
     )
 
 

@@ -57,15 +57,15 @@ class ParallelConfig(StrictModel):
 
     def described(self, world_size: int) -> str:
         """For a person."""
-        return (
-            f"{world_size} ranks: TP{self.tensor} CP{self.context} {self.described_pipeline} "
-            f"EP{self.expert} DP{self.data(world_size)}"
-        )
+        return f"{world_size} ranks: {self.name(world_size)}"
 
-    @property
-    def described_pipeline(self) -> str:
-        """``PP4``, or ``PP4 VPP2``."""
-        return f"PP{self.pipeline}" + (f" VPP{self.virtual}" if self.virtual > 1 else "")
+    def name(self, world_size: int) -> str:
+        """``TP2 CP4 PP4 VPP2 EP8 DP1``; without VPP where stages are not interleaved."""
+        interleaved = f" VPP{self.virtual}" if self.virtual > 1 else ""
+        return (
+            f"TP{self.tensor} CP{self.context} PP{self.pipeline}{interleaved} EP{self.expert} "
+            f"DP{self.data(world_size)}"
+        )
 
     def check(self, world_size: int) -> None:
         """Refuse a number of ranks that the layout does not divide.

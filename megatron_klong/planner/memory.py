@@ -18,8 +18,8 @@ MOMENT_BYTES = 8
 COPY_BYTES = {"fp32": 0, "bf16": 4}
 """Of a trained parameter: the fp32 copy that is updated."""
 
-_PIECE_BYTES = 1 << 28
-"""Of offloaded moments, that a device updates at a time (``training.moments.PIECE_BYTES``)."""
+OFFLOADED_PIECE_BYTES = 1 << 28
+"""Of offloaded moments, that a device updates at a time; the trainer keeps to it."""
 
 _WEIGHED_BYTES = {"fp32": 7, "bf16": 11}
 """Of each number between the two products of an expert, when most of its gradients exist: the product with
@@ -186,7 +186,7 @@ class MemoryModel:
         if hf.moe is not None:
             together = hf.moe.experts // self.parallel.expert if self.kernels == "torch" else 1
             largest = max(largest, together * 2 * hf.moe.width * hf.hidden_size)
-        return min(moments, max(_PIECE_BYTES, MOMENT_BYTES * largest))
+        return min(moments, max(OFFLOADED_PIECE_BYTES, MOMENT_BYTES * largest))
 
     def _copies(self) -> tuple[int, int]:
         """Ranks with the same dense parameters, and with the same experts: they share the optimizer."""
@@ -294,9 +294,8 @@ class MemoryModel:
             numbers += tokens.row * 2 * hf.num_key_value_heads // parallel.tensor * hf.head_dim
         if parallel.tensor > 1:  # hidden states of all its ranks
             numbers += tokens.own * hf.hidden_size
-        if (
-            parallel.pipeline > 1
-        ):  # hidden states one way, their gradients the other; interleaved, next ones too
+        if parallel.pipeline > 1:
+            # Hidden states one way, their gradients the other; with interleaved stages the next ones arrive.
             numbers += (3 if parallel.virtual > 1 else 2) * tokens.shared * hf.hidden_size
         return WEIGHT_BYTES[self.model.precision] * numbers
 

@@ -201,7 +201,7 @@ def _impossible(question: Question, parallel: ParallelConfig) -> str | None:
 
 
 def _too_large(memory: tuple[RankMemory, ...], recompute: Recompute, offload: bool, device_bytes: int) -> str:
-    worst = max(range(len(memory)), key=lambda stage: memory[stage].total)
+    worst = max(range(len(memory)), key=lambda place: memory[place].total)
     kinds = {field.name: getattr(memory[worst], field.name) for field in fields(RankMemory)}
     largest = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
     named = ", ".join(f"{kind} {kinds[kind] / 1e9:.1f}" for kind in largest)

@@ -111,9 +111,8 @@ def _last_seconds(of: Activations, hardware: Hardware) -> float:
     predicted = hf.prediction_layers if of.model.prediction == "train" else 0
     head = 2 * of.tokens.own * hf.hidden_size * hf.vocab_size / of.parallel.tensor
     joined = 2 * of.tokens.own * 2 * hf.hidden_size**2 / of.parallel.tensor
-    each = (
-        _layer_seconds(of, hf.is_moe_layer(hf.num_hidden_layers), hardware) + (1 + _BACKWARD) * joined / dense
-    )
+    own_layer = _layer_seconds(of, hf.is_moe_layer(hf.num_hidden_layers), hardware)
+    each = own_layer + (1 + _BACKWARD) * joined / dense
     return (1 + predicted) * (2 + _BACKWARD) * head / dense + predicted * each
 
 

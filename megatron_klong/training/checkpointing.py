@@ -211,7 +211,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, kind: type[ProgressKind]) ->
 
 def _sharded_state(trainer: Trainer) -> dict[str, Any]:
     model = sharded_model(trainer.model)
-    allocate_moments(trainer.optimizer, on_host=trainer.offloads)
+    allocate_moments(trainer.optimizer)
     return {**model, "optimizer": sharded_optimizer(trainer.optimizer, model)}
 
 

@@ -10,56 +10,36 @@ without GPUs cannot run; ``offload_to_cpu`` brings everything back for a step, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megatron_klong.planner.memory import OFFLOADED_PIECE_BYTES
 from megatron_klong.training.rank_entry import RankError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Their names in the state of torch's AdamW, and of the fused ones of Transformer Engine and Apex."""
 
-PIECE_BYTES = 1 << 28
-"""Of moments that are on the device at a time, unless one parameter has more."""
-
 _BLOCK_BYTES = 1 << 30
 _ALIGNMENT = 64
 
 
-def allocate_moments(optimizer: Any, *, on_host: bool) -> None:
-    """Give Megatron's optimizer the state it has after a first step; what it has already stays.
-
-    Args:
-        on_host: put it into host memory, pinned where there is a GPU.
-    """
-    missing = [
-        (part.optimizer.state[weight], name, weight)
-        for part in optimizer.chained_optimizers
-        for group in part.optimizer.param_groups
-        for weight in group["params"]
-        for name in MOMENTS
-        if name not in part.optimizer.state[weight]
-    ]
-    blocks = _HostBlocks(weight for _, _, weight in missing)
-    for state, name, weight in missing:
-        state[name] = blocks.zeros_like(weight) if on_host else torch.zeros_like(weight)
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+def allocate_moments(optimizer: Any) -> None:
+    """Give Megatron's optimizer the state it has after a first step; what it has already stays as it is."""
+    _allocate(optimizer, torch.zeros_like)
 
 
-def keep_moments_on_host(optimizer: Any, piece_bytes: int = PIECE_BYTES) -> None:
+def keep_moments_on_host(optimizer: Any, piece_bytes: int = OFFLOADED_PIECE_BYTES) -> None:
     """Allocate the moments in host memory, and step so that they stay there.
 
     The inner optimizers' ``step`` is replaced, in this place alone.
 
     Args:
         optimizer: Megatron's, which has taken no step.
-        piece_bytes: of moments on the device at a time.
+        piece_bytes: of moments on the device at a time, unless one parameter has more.
 
     Raises:
         RankError: Apex's Adam, which has lists of its own beside the groups that are stepped.
@@ -69,9 +49,25 @@ def keep_moments_on_host(optimizer: Any, piece_bytes: int = PIECE_BYTES) -> None
             "optimizer.offload=true needs Transformer Engine's Adam, or torch's, and this is Apex's; install "
             "transformer-engine, or set it to false"
         )
-    allocate_moments(optimizer, on_host=True)
+    weights = [weight for part in optimizer.chained_optimizers for weight in _weights(part.optimizer)]
+    _allocate(optimizer, _HostBlocks(weight for weight in weights for _ in MOMENTS).zeros_like)
     for part in optimizer.chained_optimizers:
         part.optimizer.step = _PieceByPiece(part.optimizer, piece_bytes).step
+
+
+def _allocate(optimizer: Any, zeros_like: Callable[[Tensor], Tensor]) -> None:
+    for part in optimizer.chained_optimizers:
+        for weight in _weights(part.optimizer):
+            state = part.optimizer.state[weight]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = zeros_like(weight)
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def _weights(adam: Optimizer) -> list[Tensor]:
+    return [weight for group in adam.param_groups for weight in group["params"]]
 
 
 class _PieceByPiece:

@@ -37,7 +37,6 @@ class Trainer:
         model: this rank's pipeline stages.
         stages: each of them under Megatron's data parallelism.
         optimizer: Megatron's distributed optimizer.
-        offloads: whether its moments are in host memory.
         scheduler: learning rate and weight decay by step.
         device: where batches go.
         row_tokens: length of every row.
@@ -49,7 +48,6 @@ class Trainer:
     model: RankModel
     stages: tuple[DistributedDataParallel, ...]
     optimizer: Any
-    offloads: bool
     scheduler: OptimizerParamScheduler
     device: torch.device
     row_tokens: int
@@ -82,7 +80,7 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
     config_file = config_json(settings.model.shape)
     return Trainer(
-        model, tuple(stages), optimizer, settings.optimizer.offload, scheduler, platform.device,
+        model, tuple(stages), optimizer, scheduler, platform.device,
         settings.row_tokens, settings.parallel.micro_batch_divisor, config_file,
     )  # fmt: skip
 
