@@ -77,14 +77,6 @@ def test_the_table_has_passed_failed_and_not_run(tmp_path: Path, monkeypatch: py
     assert result.machine.packages["torch"] == torch.__version__
 
 
-def test_offloading_and_checkpoints_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = tuple(row for row in gpu.ROWS if row.name in ("offload-bf16", "checkpoint-bf16"))
-    monkeypatch.setattr(gpu, "ROWS", rows)
-    offload, checkpoint = gpu_check(tmp_path / "out").rows
-    assert (offload.status, checkpoint.status) == ("passed", "passed")
-    assert offload.detail.endswith("with both") and checkpoint.detail.endswith("losses go on as they did")
-
-
 def test_every_row_says_what_it_needs() -> None:
     for row in gpu.ROWS:
         assert why_not(row, Machine(gpus=["a", "b"], packages={})) in (
