@@ -103,7 +103,7 @@ def test_the_text_names_every_phase_and_source(domain_store: Path, tmp_path: Pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     said = done.stdout.splitlines()
     assert [line.split()[0] for line in said] == [
-        "model", "layout", "stage", "stage", "source", "phase", "step", "checkpoint",
+        "model", "layout", "pipeline", "pipeline", "source", "phase", "step", "checkpoint",
     ]  # fmt: skip
     assert "phase       train: steps 1 to 4, about " in done.stdout
 
