@@ -1,4 +1,4 @@
-"""What each rank writes of the optimizer."""
+"""What each rank writes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved(platform: Platform, folder: Path, out: Path, parallel: ParallelConfig)
     [ParallelConfig(nproc=4), ParallelConfig(expert=2, nproc=4), ParallelConfig(context=2, nproc=4)],
 )
 def test_every_rank_writes_its_share(ranks: RankPool, tmp_path: Path, parallel: ParallelConfig) -> None:
-    """Of 12 bytes for each parameter, a quarter each; of the 4 of fp32 weights, the first copies all."""
+    """The optimizer's 12 bytes for each parameter by their owners, the 4 of fp32 weights dealt out."""
     weights = ReferenceModel("glm").save(tmp_path / "weights")
     ranks.run(saved, parallel, 4, folder=weights, out=tmp_path / "out", parallel=parallel)
     written = [0] * 4
@@ -57,8 +57,7 @@ def test_every_rank_writes_its_share(ranks: RankPool, tmp_path: Path, parallel: 
         assert match is not None
         written[int(match[1])] += file.stat().st_size
     parameters = sum(each.numel() for each in ReferenceModel("glm").model.parameters())
-    others = sorted(written)[: -parallel.expert]
-    assert all(size == pytest.approx(12 * parameters / 4, rel=0.06) for size in others)
+    assert all(size == pytest.approx(sum(written) / 4, rel=0.05) for size in written)
     assert sum(written) == pytest.approx(16 * parameters, rel=0.06)  # nothing twice
 
 

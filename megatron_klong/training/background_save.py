@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,9 +51,14 @@ class BackgroundSave:
     def __init__(self, state: dict[str, Any], folder: Path, live: Iterable[Tensor]) -> None:
         _collect_in_process()
         self._folder = folder
+        # Deals out the weights, which data-parallel copies share, and checks that all is written once.
+        dealing = FullyParallelSaveStrategyWrapper(
+            _ThreadedStrategy(set(map(_place, live))),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
         request = dist_checkpointing.save(
-            state, str(folder), sharded_strategy=_ThreadedStrategy(set(map(_place, live))),
-            async_sharded_save=True,
+            state, str(folder), sharded_strategy=dealing, async_sharded_save=True,
+            validate_access_integrity=False,
         )  # fmt: skip
         assert request is not None
         self._finish: list[Callable[[], None]] = request.finalize_fns
