@@ -1,18 +1,19 @@
-"""What a run would be, found out without one: everything resolved, its parameters counted."""
+"""What a run would be, found out without one: everything resolved, its model built on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_klong.config import ModelConfig, ParallelConfig, SftConfig
+from megatron_klong.config import ModelConfig, SftConfig, TrainerSettings
 from megatron_klong.data.curriculum import Curriculum
 from megatron_klong.data.dataset import build_datasets
 from megatron_klong.model.decoder import DecoderConfig
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.layout import check_layout
-from megatron_klong.model.parameters import ParameterCounts, parameter_counts, rank_parameters
+from megatron_klong.model.parameters import ParameterCounts, parameter_counts
 from megatron_klong.planner.activations import WEIGHT_BYTES
 from megatron_klong.platform import activate
+from megatron_klong.training.meta_model import model_of_rank
 
 _OPTIMIZER_BYTES = 12
 
@@ -79,20 +80,20 @@ def plan_sft(config: SftConfig) -> SftPlan:
     """Resolve a run of ``parallel.world_size`` ranks.
 
     Raises:
-        ValueError: what would stop the run before its first step.
+        ValueError: what settings, data and layout would stop the run with; not what the machine lacks.
     """
     activate()
     hf = load_hf_config(config.model.shape)
     sources = build_datasets(config.data, config.run.seed)
     curriculum = Curriculum(config.data, sources, config.training.global_batch_rows, config.run.seed)
-    config.trainer_settings(curriculum.steps)
+    settings = config.trainer_settings(curriculum.steps)
     ranks = config.parallel.world_size
     size = checkpoint_bytes(hf, config.model)
     return SftPlan(
         parameters=parameter_counts(hf),
         layout=config.parallel.described(ranks),
         ranks=ranks,
-        pipeline=_pipeline(hf, config.parallel, ranks),
+        pipeline=_pipeline(hf, settings, ranks),
         sources=tuple(
             SourcePlan(
                 name=name,
@@ -138,10 +139,11 @@ def _most_checkpoints(config: SftConfig, steps: int) -> int:
     return len(for_good | set(last))
 
 
-def _pipeline(hf: DecoderConfig, parallel: ParallelConfig, ranks: int) -> tuple[PipelineRankPlan, ...]:
-    check_layout(hf, parallel)
-    each = ranks // parallel.pipeline
-    return tuple(
-        PipelineRankPlan(number * each, held.decoder.total + held.prediction.total)
-        for number, held in enumerate(rank_parameters(hf, parallel))
-    )
+def _pipeline(hf: DecoderConfig, settings: TrainerSettings, ranks: int) -> tuple[PipelineRankPlan, ...]:
+    check_layout(hf, settings.parallel)
+    each = ranks // settings.parallel.pipeline
+    places = []
+    for rank in range(0, ranks, each):
+        model = model_of_rank(hf, settings, rank, ranks)
+        places.append(PipelineRankPlan(rank, sum(weight.numel() for weight in model.parameters())))
+    return tuple(places)
