@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klong.training.watchdog import Beat, culprits, watched
+from megatron_klong.training.watchdog import Beat, Watchdog, culprits, watched
 
 RANK = """
 import sys, time
@@ -90,6 +90,19 @@ def test_a_rank_that_never_wrote_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, 0, 2, "yes")
     _, stderr = process.communicate(timeout=60)
     assert "no sign of life from rank 1 (it has never been heard)" in stderr.splitlines()[-1]
+
+
+def test_ranks_that_are_all_busy_do_not_wait_for_one_another(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, 2, 1.0)
+    for waits, said in ((False, "are busy with the same"), (True, "wait for one another")):
+        first = {rank: beat(5, waits=waits) for rank in (0, 1)}
+        second = {rank: beat(5, waits=waits, number=2) for rank in (0, 1)}
+        assert f"all ranks {said} (step 5, training, in f (x.py:1))" in watchdog._explain(first, second)
+
+
+def test_a_verdict_that_cannot_be_shared_is_said_all_the_same(tmp_path: Path) -> None:
+    """The file system may be what ranks hang on."""
+    assert Watchdog(tmp_path / "nowhere", 0, 1, 1.0)._agreed("rank 0 did it") == "rank 0 did it"
 
 
 def test_what_the_first_has_found_the_others_repeat(tmp_path: Path) -> None:

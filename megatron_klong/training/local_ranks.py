@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_klong.platform.lifetime import on_stop_signals
+from megatron_klong.training.rank_entry import MOST_REPORTED, REPORT_TO
 
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -23,11 +24,17 @@ _CAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Rank:
-    """A started rank; ``log`` has its stderr."""
+    """A started rank.
+
+    Attributes:
+        log: has its stderr.
+        report: file descriptor of a pipe in which it leaves why it ends (the log may be on a full disk).
+    """
 
     number: int
     process: subprocess.Popen[bytes]
     log: Path
+    report: int
 
 
 class _InterruptedError(Exception):
@@ -98,7 +105,9 @@ def _stop(ranks: list[Rank], number: int, seconds: float) -> int:
         return _failure(min(failed, key=_says_little))
     if all(rank.process.poll() == 0 for rank in ranks):
         return 0  # it was at its end
-    _say(f"stopped by {name}")
+    running = [str(rank.number) for rank in ranks if rank.process.poll() is None]
+    lost = f" without rank {', '.join(running)}; what was not saved is lost" if seconds and running else ""
+    _say(f"stopped by {name}{lost}")
     return 128 + number
 
 
@@ -151,23 +160,25 @@ def _start(
         "KLONG_LAUNCHER": str(os.getpid()),
     }
     log = logs / f"rank_{number}.log"
-    with log.open("ab") as stderr:  # a restart keeps the log of what failed before
+    report, said = os.pipe()
+    os.set_blocking(report, False)
+    with log.open("ab") as stderr, open(said, "wb"):  # a restart keeps the log of what failed before
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=environment,
+            env=environment | {REPORT_TO: str(said)},
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else stderr,
             stderr=stderr,
-            pass_fds=keep_open,
+            pass_fds=(*keep_open, said),
             start_new_session=True,  # a terminal's Ctrl-C reaches only us, and we end the group
         )
-    return Rank(number, process, log)
+    return Rank(number, process, log, report)
 
 
 def _wait(ranks: list[Rank]) -> Rank | None:
     """Until all have ended well (None), or one has failed (the one that says why)."""
-    while any(rank.process.poll() is None for rank in ranks):
-        if any(rank.process.returncode for rank in ranks):
+    while None in (codes := [rank.process.poll() for rank in ranks]):  # all are asked: any may fail first
+        if any(codes):
             # The cause may still be on its way out while ranks that lost their peer are gone.
             time.sleep(_CAUSE_SECONDS)
             break
@@ -183,10 +194,11 @@ def _says_little(rank: Rank) -> tuple[int, int]:
 
 
 def _explain(rank: Rank) -> str:
-    lines = rank.log.read_text(errors="replace").splitlines()
     code = rank.process.returncode
-    if code == 2 and lines:
-        return lines[-1]
+    with contextlib.suppress(BlockingIOError):  # it said nothing, and something that it started lives
+        if said := os.read(rank.report, MOST_REPORTED):
+            return said.decode(errors="replace")
+    lines = rank.log.read_text(errors="replace").splitlines()
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return "\n".join([*lines[-20:], f"error: rank {rank.number} {ended}; its log: {rank.log}"])
 
@@ -200,6 +212,7 @@ def _end(ranks: list[Rank]) -> None:
     _signal(ranks, signal.SIGKILL)
     for rank in ranks:
         rank.process.wait()
+        os.close(rank.report)
 
 
 def _signal(ranks: list[Rank], number: signal.Signals) -> None:

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TextIO
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_klong.training.appending import append_line, told_in_one_line
 from megatron_klong.training.sinks import Sink
 from megatron_klong.training.step import EvaluationResult, StepResult
 
@@ -54,11 +55,20 @@ class StepEntry:
 
 
 class RunLog:
-    """Writes on one rank, does nothing on the others."""
+    """Writes on one rank, does nothing on the others.
+
+    Args:
+        file: of numbers, a JSON object a line.
+        said: of lines for a person, with the time of each.
+
+    Raises:
+        RankError: by :meth:`step` and :meth:`evaluation`: a line could not be written to ``file``.
+    """
 
     def __init__(
         self,
         file: Path,
+        said: Path,
         *,
         writes: bool,
         total_steps: int,
@@ -67,6 +77,7 @@ class RunLog:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._file = file
+        self._said = said
         self._writes = writes
         self._total_steps = total_steps
         self._log_every = log_every
@@ -77,11 +88,9 @@ class RunLog:
         self._sums = _no_seconds()  # since the start
         self._steps = 0
         self._stack = ExitStack()
-        self._stream: TextIO | None = None
 
     def __enter__(self) -> RunLog:
         if self._writes:
-            self._stream = self._stack.enter_context(self._file.open("a", buffering=1))
             self._console = Console()
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bar = self._stack.enter_context(
@@ -98,14 +107,21 @@ class RunLog:
         self._stack.close()
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
+        """A line for the person at the terminal, and in the file of lines."""
         if not self._writes:
             return
-        if self._stream is not None and self._console.is_terminal:
+        self.note(text)
+        if self._console.is_terminal:
             with suppress(OSError):
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print_line(text)
+
+    def note(self, text: str) -> None:
+        """A line in the file of lines alone."""
+        if self._writes:
+            with suppress(OSError):  # it is not worth the run
+                append_line(self._said, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     @contextmanager
     def doing(self, what: Doing) -> Iterator[None]:
@@ -125,17 +141,17 @@ class RunLog:
         self._steps += 1
         for what, taken in {"step": seconds, **beside}.items():
             self._sums[what] += taken
-        if self._stream is None:
+        if not self._writes:
             return
         with self.doing("log"):
             self._write(entry, seconds, beside)
 
     def evaluation(self, step: int, results: Mapping[str, EvaluationResult]) -> None:
         """Held-out losses of every source after ``step`` steps."""
-        if self._stream is None:
+        if not self._writes:
             return
         for source, result in results.items():
-            values = {"loss": result.loss, "trained_tokens": result.trained_tokens}
+            values = {**_numbers(loss=result.loss), "trained_tokens": result.trained_tokens}
             self._record(
                 "validation", step, {"source": source, **values}, {f"held_out/{source}/loss": result.loss}
             )
@@ -144,7 +160,7 @@ class RunLog:
 
     def finish(self, checkpoint: Path) -> None:
         """The run is complete: where its checkpoint is, how the losses moved, and where the time went."""
-        if self._stream is None:
+        if not self._writes:
             return
         losses: dict[str, list[float]] = {}
         for line in self._file.read_text().splitlines():
@@ -203,8 +219,8 @@ class RunLog:
     def _record(
         self, kind: str, step: int, record: Mapping[str, object], values: Mapping[str, float]
     ) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        with told_in_one_line(self._file):
+            append_line(self._file, json.dumps({"kind": kind, "step": step, **record}))
         for sink in list(self._sinks):
             try:
                 sink.log(step, values)

@@ -12,6 +12,12 @@ from typing import NoReturn
 
 from megatron_klong.platform.lifetime import die_with_parent
 
+REPORT_TO = "KLONG_REPORT_TO"
+"""Names the file descriptor on which the launcher hears why a rank ends."""
+
+MOST_REPORTED = 1 << 15
+"""Bytes; half of what an empty pipe takes at once."""
+
 
 class RankError(Exception):
     """What a rank found wrong, said in one line to the person who started it; no fault of the program."""
@@ -21,7 +27,7 @@ def run_rank(work: Callable[[Path], None]) -> NoReturn:
     """Do the work of a rank on the path that is its only argument, and exit.
 
     The exit code is 2 for an error of the user's (ValueError) or a :class:`RankError`, whose text is then
-    the last line of the rank's log. When the launcher is gone, this process gets SIGTERM.
+    reported. When the launcher is gone, this process gets SIGTERM.
     """
     if "KLONG_LAUNCHER" in os.environ:
         die_with_parent(int(os.environ["KLONG_LAUNCHER"]))
@@ -30,6 +36,16 @@ def run_rank(work: Callable[[Path], None]) -> NoReturn:
     except (ValueError, RankError) as error:
         with contextlib.suppress(OSError):  # the log may be on a full disk
             traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report_error(str(error))
         sys.exit(2)
     sys.exit(0)
+
+
+def report_error(error: str) -> None:
+    """Say why this rank ends: as the last line of its log, and to the launcher, where there is one."""
+    line = f"error: {error}"
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    if REPORT_TO in os.environ:
+        with contextlib.suppress(OSError):
+            os.write(int(os.environ[REPORT_TO]), line.encode()[:MOST_REPORTED])

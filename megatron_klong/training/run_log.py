@@ -36,7 +36,7 @@ def open_log(
             opened = wandb_sink(config.log.wandb, run.wandb, run.lineage(), shown, print_line)
             sinks.append(stack.enter_context(opened))
         log = RunLog(
-            run.metrics, writes=writes, total_steps=steps, log_every=config.log.every,
+            run.metrics, run.said, writes=writes, total_steps=steps, log_every=config.log.every,
             speed=Speed(torch.distributed.get_world_size(), peak), sinks=sinks,
         )  # fmt: skip
         with log:

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_klong.training.rank_entry import report_error
 from megatron_klong.training.run_directory import replace_text
 
 _BEATS_PER_LIMIT = 8
@@ -108,7 +109,7 @@ class Watchdog:
             return
         try:
             faulthandler.dump_traceback(file=sys.stderr)
-            print(f"error: {self._agreed(self._explain(first, second))}", file=sys.stderr, flush=True)
+            report_error(self._agreed(self._explain(first, second)))
         finally:
             os._exit(_USER_ERROR)
 
@@ -118,7 +119,10 @@ class Watchdog:
             with self._verdict.open("x") as stream:
                 stream.write(found)
         except FileExistsError:
-            return self._verdict.read_text() or found
+            with suppress(OSError):
+                return self._verdict.read_text() or found
+        except OSError:  # it can be why ranks hang
+            pass
         return found
 
     def _explain(self, first: dict[int, Beat], second: dict[int, Beat]) -> str:
@@ -132,7 +136,8 @@ class Watchdog:
         hung = culprits(second)
         if not hung:
             here = _told(second[self._rank])
-            return f"{limit}: all ranks wait for one another ({here}); their stacks are in their logs"
+            doing = "wait for one another" if second[self._rank].waits else "are busy with the same"
+            return f"{limit}: all ranks {doing} ({here}); their stacks are in their logs"
         said = "; ".join(f"rank {rank} ({_told(second[rank])})" for rank in hung)
         return f"{limit}: {said} hangs, and the others wait for it; its stack is in its log"
 
@@ -143,7 +148,8 @@ class Watchdog:
         try:
             replace_text(self._file(self._rank), json.dumps(asdict(beat)))
         except OSError as error:  # a full disk is said by those who write what matters
-            print(f"warning: heartbeat: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"warning: heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _read(self) -> dict[int, Beat]:
         beats = {}
