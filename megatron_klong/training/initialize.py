@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import ceil
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ def distributed(
     Args:
         parallel: the layout. The world size must be a multiple of what it needs.
         seed: for Megatron's RNG tracker.
-        timeout_seconds: after which a collective operation fails; default as torch has it.
+        timeout_seconds: after which a collective operation of any group fails; default as torch and Megatron
+            have it.
         init_method: rendezvous; the default reads torchrun's environment.
         rank, world_size: for a rendezvous that does not know them.
 
@@ -48,19 +50,23 @@ def distributed(
     )
     try:
         parallel.check(torch.distributed.get_world_size())
-        set_up_layout(parallel, seed)
+        set_up_layout(parallel, seed, timeout_seconds=timeout_seconds)
         yield platform
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def set_up_layout(parallel: ParallelConfig, seed: int, *, gloo_groups: bool = True) -> None:
+def set_up_layout(
+    parallel: ParallelConfig, seed: int, *, gloo_groups: bool = True, timeout_seconds: float | None = None
+) -> None:
     """Megatron's parallel state and RNG tracker in the process group that there is.
 
     Args:
         gloo_groups: make groups of their own for what is sent from host memory.
     """
+    # Megatron's groups do not take over the timeout of the one that they are of.
+    minutes = {} if timeout_seconds is None else {"distributed_timeout_minutes": ceil(timeout_seconds / 60)}
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -69,6 +75,7 @@ def set_up_layout(parallel: ParallelConfig, seed: int, *, gloo_groups: bool = Tr
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=gloo_groups,
+        **minutes,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
