@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.sft import SftProgress, run_sft
 from megatron_klong.training.step import train_step
+from megatron_klong.training.stopping import Stopped
 from megatron_klong.training.trainer import build_trainer
 from tests import reference
 from tests.families import ReferenceModel
@@ -68,6 +70,11 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
 
 
+def held_out(run: Path) -> list[tuple[int, str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["source"], line["loss"]) for line in lines if line["kind"] == "validation"]
+
+
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -82,17 +89,21 @@ def forget(run: Path, step: int) -> None:
 def test_a_run_goes_on_at_other_layouts_with_the_losses_it_would_have_had(
     ranks: RankPool, domain_store: Path, tmp_path: Path
 ) -> None:
-    """TP2 PP2 EP2, then PP2 VPP2 EP2, then EP4: pieces of weights and moments change hands twice."""
-    run, keep = tmp_path / "run", "training.keep_last=9"
+    """TP2 PP2 EP2, PP2 VPP2 EP2, EP4, then DP4: pieces of weights and moments change hands each time."""
+    run, keep = tmp_path / "run", ("training.keep_last=9", "training.save_every=1")
     assert (
-        ranks.run(run_on_rank, TWO_STAGES, 4, config=config(domain_store, run, TWO_STAGES, keep))
+        ranks.run(run_on_rank, TWO_STAGES, 4, config=config(domain_store, run, TWO_STAGES, *keep))
         == [None] * 4
     )
     expected = losses(run)
     interleaved = ParallelConfig(pipeline=2, virtual=2, expert=2, nproc=4)
-    for step, layout in ((2, interleaved), (4, ParallelConfig(expert=4, nproc=4))):
+    for step, layout in (
+        (2, interleaved), (4, ParallelConfig(expert=4, nproc=4)), (5, ParallelConfig(nproc=4)),
+    ):  # fmt: skip
         forget(run, step)
-        assert ranks.run(run_on_rank, layout, 4, config=config(domain_store, run, layout, keep)) == [None] * 4
+        assert (
+            ranks.run(run_on_rank, layout, 4, config=config(domain_store, run, layout, *keep)) == [None] * 4
+        )
         assert [each[0] for each in losses(run)] == [1, 2, 3, 4, 5, 6]
         for ours, theirs in zip(losses(run), expected):
             assert ours[1:] == pytest.approx(theirs[1:], rel=2e-5)
@@ -153,6 +164,53 @@ def test_what_is_saved_in_the_background_is_what_was_when_it_began(ranks: RankPo
     folder = ReferenceModel("glm").save(tmp_path / "hf")
     (answer,) = ranks.run(save_while_training, ONE, 1, folder=folder, out=tmp_path / "out")
     assert answer == (True, True, "step_00000001")
+
+
+class Interrupting:
+    """An objective that asks the run to end while a held-out row of the first source is computed."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, log_probs_R: Tensor, row: PackedRow, mask_R: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return sft_objective(log_probs_R, row, mask_R)
+
+
+def stop_in_evaluation(platform: Platform, config: SftConfig, after: int) -> object:
+    with pytest.raises(Stopped) as stopped:
+        run_sft(config, platform, Interrupting(after))
+    return stopped.value.code
+
+
+def test_a_run_told_to_stop_in_an_evaluation_saves_and_makes_it_up(
+    ranks: RankPool, domain_store: Path, tmp_path: Path
+) -> None:
+    """It ends before the next source, and the next start begins with what was left out."""
+    more = (
+        f"data.sources.again.store={domain_store}", "data.phases.train.steps=3",
+        "data.validation_fraction=0.2",
+        "data.phases.train.sources.again.weight=1", "data.phases.train.sources.replication.weight=3",
+        "training.eval_every=1", "training.eval_rows=2", "training.global_batch_rows=2",
+        "training.save_every=0", "training.keep_last=9",
+    )  # fmt: skip
+    whole, cut = (config(domain_store, tmp_path / name, ONE, *more) for name in ("whole", "cut"))
+    assert ranks.run(run_on_rank, ONE, 1, config=whole) == [None]
+    # Two rows of each of two sources before the first step, then the first row after it.
+    assert ranks.run(stop_in_evaluation, ONE, 1, config=cut, after=5) == [143]
+    assert names(tmp_path / "cut") == ["step_00000001"]
+    assert held_out(tmp_path / "cut") == held_out(tmp_path / "whole")[:2]
+    assert ranks.run(run_on_rank, ONE, 1, config=cut) == [None]
+    assert held_out(tmp_path / "cut") == held_out(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    # A run that ended after its last checkpoint and before its last evaluation makes that up, too.
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert ranks.run(run_on_rank, ONE, 1, config=cut) == [None]
+    assert held_out(tmp_path / "cut") == held_out(tmp_path / "whole")
 
 
 class Drawn:
@@ -225,8 +283,33 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     (run / "checkpoints" / ".step_00000006.unfinished").mkdir()
     ranks.run(run_on_rank, ONE, 1, config=settings)
     assert losses(run) == expected
-    assert names(run) == [".step_00000006.damaged", "step_00000004", "step_00000006"]
+    aside = [".step_00000006.damaged-1", ".step_00000006.damaged-2"]
+    assert names(run) == [aside[0], "step_00000004", "step_00000006"]
     assert ranks.run(choose_on_rank, ONE, 1, root=run / "checkpoints") == [(last.name, "")]
+    (last / "files.json").unlink()  # the same step, damaged again
+    (said,) = ranks.run(choose_on_rank, ONE, 1, root=run / "checkpoints")
+    assert said[0] == "step_00000004" and f"is now {aside[1]}, and may be deleted" in said[1]
+    assert names(run) == [*aside, "step_00000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may be reading it, on a file system that keeps what is open."""
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    said: list[str] = []
+    saver = CheckpointSaver(tmp_path, Kept(1), say=said.append)
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        saver._delete_old()
+    assert len(said) == 2 and "checkpoint step_00000001 cannot be deleted: " in said[0]
+    saver._delete_old()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def break_weights(platform: Platform, folder: Path, out: Path, rank: int) -> str:
@@ -281,7 +364,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
     said = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(said) == 1, done.stdout + done.stderr
     assert f"checkpoint {run}/checkpoints/step_00000004 could not be written: " in said[0]
-    assert "No space left on device" in said[0] and "make room and start again" in said[0]
+    assert "No space left on device" in said[0] and "(make room on a full disk) and start again" in said[0]
     lines = done.stdout.splitlines()
     first = lines.index("code 2")
     assert lines[first + 1] == "step_00000002"

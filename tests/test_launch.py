@@ -257,7 +257,8 @@ def test_the_examples_can_be_launched(klong: Path, tmp_path: Path, file: Path, e
             "roles are of `klong rl`",
         ),
         ({"steps": {"A": {"run": ["model"]}}}, "steps.A.[key]='A': String should match pattern"),
-        ({"steps": {"a": {"run": ["rl", "--fresh", "c.yaml"]}}}, "name the config right after 'rl'"),
+        ({"steps": {"a": {"run": ["rl", "--json", "c.yaml"]}}}, "name the config right after 'rl'"),
+        ({"steps": {"a": {"run": ["sft", "c.yaml", "--fresh"]}}}, "--fresh would delete the run whenever"),
         (
             {"steps": {"a": {"run": ["sft", "c.yaml"], "time": "00:10:00"}}},
             "steps.a: a time limit of 00:10:00 is over before slurm.signal_seconds=600 are; make it longer",

@@ -79,17 +79,20 @@ def test_an_interrupted_run_ends_with_the_losses_of_an_undisturbed_one(
 ) -> None:
     """The same layout: bitwise, and no sample twice or left out. SIGTERM saves, so that nothing is lost.
 
-    Before a kill the checkpoint is waited for: in the background it may not be complete one step later.
+    Of the kills one is with what is saved in the background, which may not be complete one step later, the
+    other with deterministic kernels.
     """
-    run, at_once = tmp_path / "run", f"training.save_in_background={way == WAYS[0]}"
-    settings = arguments(domain_store, run, at_once)[len(KLONG) + 1 :]
+    run = tmp_path / "run"
+    more = [f"training.save_in_background={way != WAYS[2]}", f"model.deterministic={way == WAYS[2]}"]
+    settings = arguments(domain_store, run, *more)[len(KLONG) + 1 :]
     last = interrupt(settings, run, way, after, 0.0, random.Random(0))
     assert last == after
     saved = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
-    resumed = saved[-1]
+    resumed = max(saved, default=0)
     assert resumed >= last if way == WAYS[0] else resumed <= last
+    assert resumed or way == WAYS[1]
     second = finish(settings, run)
-    assert f"resumed from step_{resumed:08d}: {4 - resumed} steps to go" in second
+    assert not resumed or f"resumed from step_{resumed:08d}: {4 - resumed} steps to go" in second
     assert compare(finished, run) == Comparison(steps=4, different=(), repeated=())
     assert losses(run) == losses(finished)  # and the held-out losses
 
@@ -102,6 +105,11 @@ def test_a_finished_run_started_again_does_nothing(finished: Path, domain_store:
     assert f"done: {moved}, train loss" in again.stdout
     assert "resumed from step_00000004: 0 steps to go" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_json_is_of_a_dry_run(domain_store: Path, tmp_path: Path) -> None:
+    assert "--json is for --dry-run" in sft(domain_store, tmp_path / "run", "--json", code=2).stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_same_directory_is_refused(finished: Path, domain_store: Path) -> None:
@@ -129,6 +137,18 @@ def test_changed_data_under_a_run_is_refused(finished: Path, domain_store: Path)
         )
     finally:
         header.write_text(before)
+    tokens = domain_store.with_name("replication.bin")
+    with tokens.open("r+b") as stream:
+        first = stream.read(1)
+        try:  # in place, under the old header
+            stream.seek(0)
+            stream.write(bytes([first[0] ^ 1]))
+            stream.flush()
+            said = sft(domain_store, finished, code=2).stderr
+        finally:
+            stream.seek(0)
+            stream.write(first)
+    assert "other settings: data.sources.replication.content" in said
 
 
 def test_a_diverged_run_stops_and_says_so(domain_store: Path, tmp_path: Path) -> None:
@@ -252,6 +272,7 @@ def test_a_run_that_is_ended_saves_and_leaves_no_process(
             f"stopped by {number.name}",
         ]
         assert "; start again to go on" in stdout
+        assert "; start again to go on" in (run / "run.log").read_text()
     wait_until(lambda: not marked(number.name))
     (saved,) = (run / "checkpoints").iterdir()
     assert int(saved.name.removeprefix("step_")) == metrics(run)[-1]["step"]
@@ -265,8 +286,9 @@ def test_asked_twice_a_run_ends_at_once(domain_store: Path, tmp_path: Path) -> N
     assert process.stderr is not None
     assert "again to end them at once" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)  # far below training.stop_seconds
+    _, stderr = process.communicate(timeout=60)  # far below training.stop_seconds
     assert process.returncode == 143
+    assert "stopped by SIGTERM without rank " in stderr and "what was not saved is lost" in stderr
     wait_until(lambda: not marked("twice"))
 
 
@@ -276,6 +298,7 @@ def test_ranks_that_do_not_end_in_time_are_ended(domain_store: Path, tmp_path: P
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and "for at most 2 s" in stderr
+    assert "stopped by SIGTERM without rank " in stderr and "what was not saved is lost" in stderr
     wait_until(lambda: not marked("late"))
 
 

@@ -19,7 +19,9 @@ def sft(
     overrides: Annotated[
         list[str], typer.Argument(metavar="[KEY=VALUE|@FILE]...", help="Override settings.")
     ] = [],  # noqa: B006
-    nproc: Annotated[int | None, typer.Option(help="Ranks to start here (parallel.nproc).")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks to start here (parallel.nproc). Default: the layout's fewest.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in run.dir first.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would be; start nothing.")
@@ -40,6 +42,8 @@ def sft(
     if dry_run:
         _show_plan(settings, as_json=as_json)
         return
+    if as_json:
+        raise ValueError("--json is for --dry-run; a run writes metrics.jsonl")
     from megatron_klong.training.start import start_sft
 
     raise typer.Exit(start_sft(settings, fresh=fresh))

@@ -67,6 +67,10 @@ class StepConfig(StrictModel):
             )
         if self.roles is not None and any(word.startswith("-") for word in self.run):
             raise ValueError("run: with roles there are no options, only overrides (key=value)")
+        if "--fresh" in self.run:
+            raise ValueError(
+                "run: --fresh would delete the run whenever the step goes on; delete its run.dir by hand"
+            )
         for argument in self.run:
             if "/nemo_run" in argument:
                 raise ValueError(f"run: {argument!r} holds '/nemo_run', which nemo-run rewrites; rename it")

@@ -229,11 +229,21 @@ def canonical_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: RankModel, config: DecoderConfig, source: WeightSource) -> None:
-    """Fill this rank's part of the model from full tensors, at any TP, PP and EP."""
+def load_weights(
+    model: RankModel,
+    config: DecoderConfig,
+    source: WeightSource,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill this rank's part of the model from full tensors, at any TP, PP and EP.
+
+    Args:
+        on_tensor: called after each of the model's tensors.
+    """
     rules = weight_rules(config)
     tp_group = model[0].pg_collection.tp
     for name, tensor in rank_tensors(model).items():
         rule = rules[name]
         full = rule.join.join([source(part) for part in rule.hf])
         tensor.copy_(take_shard(rule.shard, full, tp_group.rank(), tp_group.size()))
+        on_tensor()

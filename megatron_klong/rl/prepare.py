@@ -38,6 +38,7 @@ _CHANGEABLE = (
     "tokenizer",
     "trainer.chunk_bytes",
     "trainer.keep_last",
+    "trainer.sync_seconds",
 )
 """Keys that may differ on a resume: where inputs stand, and how a run is executed. What stands there is
 compared by content."""
@@ -125,7 +126,7 @@ def _check_tasks(root: Path, config: RlConfig, renderer: Renderer, seen: dict[st
         except ValueError as error:
             raise ValueError(f"task {folder}: {error}") from error
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return fingerprint(root, files, whole=True)
+    return fingerprint({str(file.relative_to(root)): file for file in files}, whole=True)
 
 
 def claim_run(run: RunDirectory, config: RlConfig, checked: CheckedRl, *, fresh: bool, role: bool) -> None:

@@ -49,7 +49,7 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
     killed, the kernel ends them.
 
     Args:
-        fresh: delete an earlier run in the directory first.
+        fresh: delete an earlier run in the directory first; once, where Slurm starts the job again.
         say: for restarts.
 
     Raises:
@@ -59,6 +59,7 @@ def supervise(config: RlConfig, *, fresh: bool, say: Callable[[str], None]) -> i
     ranks = config.parallel.world_size
     check_trainer(config, ranks, ranks)
     run = RunDirectory(config.run.dir)
+    fresh = fresh and run.may_be_deleted(os.environ)
     with run.locked():
         with contextlib.ExitStack() as idle:
             if fresh:  # roles may have been started alone, or be on their way out

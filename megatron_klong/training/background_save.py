@@ -45,7 +45,8 @@ class BackgroundSave:
         live: tensors that training will change; they are copied first.
 
     Raises:
-        OSError: the first rank could not write the part that is not sharded.
+        OSError: the first rank could not write the part that is not sharded; the others wait until they are
+            ended.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, live: Iterable[Tensor]) -> None:
@@ -56,10 +57,14 @@ class BackgroundSave:
             _ThreadedStrategy(set(map(_place, live))),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
-        request = dist_checkpointing.save(
-            state, str(folder), sharded_strategy=dealing, async_sharded_save=True,
-            validate_access_integrity=False,
-        )  # fmt: skip
+        try:
+            request = dist_checkpointing.save(
+                state, str(folder), sharded_strategy=dealing, async_sharded_save=True,
+                validate_access_integrity=False,
+            )  # fmt: skip
+        except RuntimeError as error:
+            cause = _cause(error, folder / "common.pt")
+            raise cause from None if cause is error else error
         assert request is not None
         self._finish: list[Callable[[], None]] = request.finalize_fns
         self._files: list[Path] = []
@@ -153,7 +158,7 @@ def _write(transforms: list[Any], buckets: Buckets, results: queue.Queue[Any]) -
 
 
 def _cause(error: Exception, file: Path) -> Exception:
-    """Of a full disk torch's writer says only that it is not where it should be in the file."""
+    """Of a full disk torch's writers say only that they are not where they should be in the file."""
     if isinstance(error, OSError) or shutil.disk_usage(file.parent).free > _FULL_BYTES:
         return error
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))

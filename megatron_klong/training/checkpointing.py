@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -86,7 +86,8 @@ def resume_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
             damage = _damage(folder)
             if damage is None:
                 for damaged in newer:
-                    damaged.rename(damaged.with_name(f".{damaged.name}.damaged"))
+                    aside = _set_aside(damaged)
+                    say(f"checkpoint {damaged.name} is now {aside}, and may be deleted")
                 return str(folder)
             say(f"checkpoint {folder.name} is damaged ({damage}) and is passed over")
             newer.append(folder)
@@ -108,12 +109,20 @@ class CheckpointSaver:
 
     Args:
         on_bytes: called while a save is waited for, each time that more of it is written.
+        say: told of old ones that cannot be deleted, on the first rank.
     """
 
-    def __init__(self, root: Path, kept: Kept, on_bytes: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        kept: Kept,
+        on_bytes: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._root = root
         self._kept = kept
         self._on_bytes = on_bytes
+        self._say = say
         self._under_way: tuple[BackgroundSave, Path] | None = None
 
     def start(self, trainer: Trainer, progress: Progress) -> Path:
@@ -134,7 +143,7 @@ class CheckpointSaver:
             for old in self._root.glob(".step_*.unfinished"):
                 shutil.rmtree(old)
             unfinished.mkdir(parents=True)
-            shutil.copyfile(trainer.hf_config, unfinished / "config.json")
+            (unfinished / "config.json").write_bytes(trainer.hf_config)
 
         with _explained(final):
             on_first(make_room)
@@ -175,7 +184,10 @@ class CheckpointSaver:
     def _delete_old(self) -> None:
         for folder in _named(self._root)[: -self._kept.last]:
             if not (self._kept.every and _step(folder) % self._kept.every == 0):
-                shutil.rmtree(folder)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:  # somebody may be reading it; the next save tries again
+                    self._say(f"checkpoint {folder.name} cannot be deleted: {error}")
 
 
 def save_checkpoint(trainer: Trainer, progress: Progress, root: Path, keep_last: int) -> Path:
@@ -234,8 +246,8 @@ def _explained(final: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RankError(
-            f"checkpoint {final} could not be written: {error}. Checkpoints before it are as they were: make "
-            "room and start again to go on from the last one"
+            f"checkpoint {final} could not be written: {error}. Checkpoints before it are as they were: mend "
+            "that (make room on a full disk) and start again to go on from the last one"
         ) from error
 
 
@@ -264,6 +276,16 @@ def _damage(folder: Path) -> str | None:
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
     return None
+
+
+def _set_aside(damaged: Path) -> str:
+    """Under a name that is none of a checkpoint's; the name."""
+    for number in count(1):
+        aside = damaged.with_name(f".{damaged.name}.damaged-{number}")
+        if not aside.exists():
+            damaged.rename(aside)
+            return aside.name
+    raise AssertionError("numbers do not end")
 
 
 def _unfinished(final: Path) -> Path:

@@ -41,6 +41,11 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def is_requeued(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm has started this job before."""
+    return environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def nodes(environment: Mapping[str, str]) -> int:
     """Machines that the ranks of this process's launch are on: 1 where it starts its own."""
     if rank_environment(environment) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_klong.config import SftConfig
 from megatron_klong.data.header import StoreHeader, read_headers
@@ -19,8 +20,11 @@ class CheckedInputs:
     data: dict[str, StoreHeader]
 
 
-def check_sft(config: SftConfig) -> CheckedInputs:
+def check_sft(config: SftConfig, *, resumes: bool = False) -> CheckedInputs:
     """Check model, layout, data and window against one another.
+
+    Args:
+        resumes: the run has checkpoints, so that it needs no first weights.
 
     Raises:
         ValueError: names the field and the remedy.
@@ -37,8 +41,13 @@ def check_sft(config: SftConfig) -> CheckedInputs:
             "own tokenizer"
         )
     weights = config.model.weights
-    if weights is not None and not any((*weights.glob("*.safetensors"), *weights.glob(".metadata"))):
+    if weights is not None and not resumes and not has_weights(weights):
         raise ValueError(
             f"model.weights={weights}: has neither *.safetensors nor a Megatron checkpoint's .metadata"
         )
     return CheckedInputs(hf, headers)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder with safetensors, or a Megatron checkpoint."""
+    return any((*folder.glob("*.safetensors"), *folder.glob(".metadata")))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import secrets
 import shutil
+import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -19,8 +22,9 @@ from pydantic import BaseModel
 
 from megatron_klong.config import SftConfig, dump_config
 from megatron_klong.model.decoder import DecoderConfig
-from megatron_klong.training.fingerprint import weights_fingerprint
-from megatron_klong.training.preflight import CheckedInputs
+from megatron_klong.training.fingerprint import store_fingerprint, weights_fingerprint
+from megatron_klong.training.launched import is_requeued
+from megatron_klong.training.preflight import CheckedInputs, has_weights
 
 _POLL_SECONDS = 0.1
 
@@ -56,6 +60,8 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.identity = path / "identity.json"
         self.metrics = path / "metrics.jsonl"
+        self.said = path / "run.log"
+        self._deleted_by = path / ".deleted-by-job"
         self.anomalies = path / "anomalies.jsonl"
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
@@ -84,7 +90,7 @@ class RunDirectory:
         deadline = time.monotonic() + wait_seconds
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / f".{part}.lock").open("w")
+            lock = (self.path / f".{part}.lock").open("a+")
         except OSError as error:
             raise ValueError(f"run.dir={self.path}: {error.strerror}") from error
         with lock:
@@ -94,12 +100,32 @@ class RunDirectory:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
+                        lock.seek(0)
                         raise ValueError(
-                            f"run.dir={self.path}: another process is running in it ({part}); wait for it, "
-                            "or choose another directory"
+                            f"run.dir={self.path}: another process is running in it ({part}: "
+                            f"{lock.read() or 'unknown'}); wait for it, or choose another directory"
                         ) from None
                     time.sleep(_POLL_SECONDS)
+            lock.truncate(0)
+            lock.write(_this_process())
+            lock.flush()
             yield lock.fileno()
+
+    def may_be_deleted(self, environment: Mapping[str, str]) -> bool:
+        """Whether this start may begin the run anew: not after an earlier start of the same job has.
+
+        Raises:
+            ValueError: torchrun would start the command again, and nothing tells those starts apart.
+        """
+        if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0"):
+            raise ValueError(
+                "--fresh would delete the run at each of torchrun's --max-restarts; leave one out"
+            )
+        job = environment.get("SLURM_JOB_ID")
+        done = is_requeued(environment) and self._deleted_by.is_file() and self._deleted_by.read_text() == job
+        if done:
+            print("note: --fresh was done when this job began; the run goes on", file=sys.stderr)
+        return not done
 
     def prepare(
         self, config: BaseModel, identity: dict[str, Any], *, fresh: bool, keep_config: bool = False
@@ -118,6 +144,7 @@ class RunDirectory:
         if self.identity.is_file():
             if fresh:
                 self._delete_run()
+                replace_text(self._deleted_by, os.environ.get("SLURM_JOB_ID", ""))
             elif self._has_results():
                 self._refuse_other_run(json.loads(self.identity.read_text()), identity)
         elif any(not path.name.startswith(".") for path in self.path.iterdir()):
@@ -130,19 +157,30 @@ class RunDirectory:
         if not (keep_config and self.config.is_file()):
             replace_text(self.config, dump_config(config))
 
+    def has_checkpoints(self) -> bool:
+        """Whether it goes on from one, or none of them is whole."""
+        return any(self.checkpoints.glob("step_*"))
+
+    def known(self, key: str) -> object:
+        """What the run that is there has of its identity; None without a run."""
+        return json.loads(self.identity.read_text()).get(key) if self.identity.is_file() else None
+
     def lineage(self) -> str:
         """An id of the run that stays when it is started again, and is another one after ``fresh``."""
         if not self.lineage_file.is_file():
             replace_text(self.lineage_file, secrets.token_hex(8))
         return self.lineage_file.read_text()
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop lines after ``step``: a resumed run writes them again."""
+    def truncate_metrics(self, step: int) -> set[str]:
+        """Drop lines after ``step``, which a resumed run writes again; sources whose held-out loss of that
+        step stays recorded."""
         if not self.metrics.is_file():
-            return
+            return set()
         lines = self.metrics.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         replace_text(self.metrics, "".join(kept))
+        records = map(json.loads, kept)
+        return {each["source"] for each in records if each["step"] == step and each["kind"] == "validation"}
 
     def _refuse_other_run(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         nothing = object()  # a key that is not there is not one that is None
@@ -171,9 +209,15 @@ class RunDirectory:
             if folder.is_dir():
                 shutil.rmtree(folder)
         for path in (
-            self.metrics, self.anomalies, self.lineage_file, self.summary, self.config, self.identity,
+            self.metrics, self.said, self.anomalies, self.lineage_file, self.summary, self.config,
+            self.identity,
         ):  # fmt: skip
             path.unlink(missing_ok=True)
+
+
+def _this_process() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -183,15 +227,22 @@ def replace_text(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-def sft_identity(config: SftConfig, inputs: CheckedInputs) -> dict[str, Any]:
-    """What makes two starts the same supervised run."""
-    contents: dict[str, Any] = {
-        f"data.sources.{name}.content": header.content_sha256 for name, header in inputs.data.items()
-    }
+def sft_identity(config: SftConfig, inputs: CheckedInputs, run: RunDirectory) -> dict[str, Any]:
+    """What makes two starts the same supervised run.
+
+    Args:
+        run: knows the first weights of a run whose weights are no longer where they were.
+    """
+    contents: dict[str, Any] = {}
+    for name, header in inputs.data.items():
+        files = store_fingerprint(config.data.sources[name].store)
+        contents[f"data.sources.{name}.content"] = [header.content_sha256, files]
     # What follows from keys that are left out, and the order, which decides what is trained when.
     contents["data.mix"] = [[name, *_mix(config, name)] for name in config.data.phases]
     if config.model.weights is not None:
-        contents["model.weights.content"] = weights_fingerprint(config.model.weights)
+        there = has_weights(config.model.weights)
+        weights = weights_fingerprint(config.model.weights) if there else run.known("model.weights.content")
+        contents["model.weights.content"] = weights
     return identity_of(config, SFT_CHANGEABLE, inputs.model) | contents
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.model.parameters import parameter_counts
 from megatron_klong.platform import Platform
 from megatron_klong.training.anomaly import AnomalyJudge, LossHistory, Verdict, diagnose
+from megatron_klong.training.appending import append_line, told_in_one_line
 from megatron_klong.training.checkpointing import (
     CheckpointSaver,
     Kept,
@@ -29,14 +32,16 @@ from megatron_klong.training.checkpointing import (
     load_checkpoint,
     resume_checkpoint,
 )
+from megatron_klong.training.first_rank import on_first
 from megatron_klong.training.initialize import seed_step
 from megatron_klong.training.losses import sft_objective
 from megatron_klong.training.metrics import RunLog, StepEntry, print_line
 from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory
 from megatron_klong.training.run_log import open_log
+from megatron_klong.training.shared_folder import check_shared
 from megatron_klong.training.step import EvaluationResult, Objective, StepResult, evaluate, train_step
-from megatron_klong.training.stopping import Stopped, stop_request
+from megatron_klong.training.stopping import Stopped, StopRequest, stop_request
 from megatron_klong.training.trainer import Trainer, build_trainer
 from megatron_klong.training.watchdog import Watchdog, watched
 
@@ -68,70 +73,79 @@ def run_sft(config: SftConfig, platform: Platform, objective: Objective[PackedRo
     """
     run = RunDirectory(config.run.dir)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    check_shared(run.path)
     with watched(run.heartbeats, rank, ranks, config.training.hang_seconds) as watch, stop_request() as stop:
         hf = load_hf_config(config.model.shape)
         sources = build_datasets(config.data, config.run.seed)
         curriculum = Curriculum(config.data, sources, config.training.global_batch_rows, config.run.seed)
         watch.move("building")
-        trainer = build_trainer(config.trainer_settings(curriculum.steps), hf, platform)
+        notes: list[str] = []
+
+        def say(text: str) -> None:
+            print_line(text)  # at once: the run may end for it
+            notes.append(text)
+
+        saved = resume_checkpoint(run.checkpoints, say)
+        settings = config.trainer_settings(curriculum.steps)
+        trainer = build_trainer(settings, hf, platform, resumes=saved is not None, on_tensor=watch.move)
         trainer.on_row = watch.move
         watch.move("loading")
-        saved = resume_checkpoint(run.checkpoints, print_line)
         progress = SftProgress(0) if saved is None else load_checkpoint(trainer, saved, SftProgress)
-        if rank == 0:
-            run.truncate_metrics(-1 if saved is None else progress.step)
+        with told_in_one_line(run.metrics):
+            evaluated = on_first(lambda: run.truncate_metrics(-1 if saved is None else progress.step))
         with open_log(config, run, progress.step, curriculum.steps, platform) as log:
+            for note in (_versions(), *notes):
+                log.note(note)
             log.say(_described(config, hf, platform, sources, curriculum))
             if saved is not None:
                 log.say(f"resumed from {saved.name}: {curriculum.steps - progress.step} steps to go")
-            loop = SftLoop(config, hf, trainer, curriculum, sources, objective, progress, log, watch)
-            if saved is None:
-                loop.evaluate()
-            while loop.progress.step < curriculum.steps:
+            loop = SftLoop(config, hf, trainer, curriculum, sources, objective, progress, log, watch, stop)
+            loop.evaluate_if_due(evaluated)
+            number = 0
+            while loop.progress.step < curriculum.steps and not (number := stop.heard(trainer.device)):
                 loop.step()
+                loop.save_if_due()
                 loop.evaluate_if_due()
-                number = stop.heard(trainer.device)
-                loop.save_if_due(at_once=bool(number))
-                if number:
-                    log.say(f"saved after step {loop.progress.step}; start again to go on")
-                    raise Stopped(signal.Signals(number))
-            loop.saver.finish()
+            loop.save()
+            if number:
+                saved_what = f"saved after step {loop.progress.step}" if loop.progress.step else "not begun"
+                log.say(f"{saved_what}; start again to go on")
+                raise Stopped(signal.Signals(number))
             log.finish(checkpoint_dir(run.checkpoints, curriculum.steps))
 
 
+@dataclass
 class SftLoop:
     """What the loop does, step by step; every method is collective.
 
     Attributes:
+        hf: the model's shape.
+        curriculum: what each step trains on.
+        sources: have the held-out data.
         progress: after the steps so far.
+        watch: told of all that gets on.
+        stop: asked before what takes long.
     """
 
-    def __init__(
-        self,
-        config: SftConfig,
-        hf: DecoderConfig,
-        trainer: Trainer,
-        curriculum: Curriculum,
-        sources: Mapping[str, SourceWindows],
-        objective: Objective[PackedRow],
-        progress: SftProgress,
-        log: RunLog,
-        watch: Watchdog,
-    ) -> None:
-        self._config = config
-        self._hf = hf
-        self._trainer = trainer
-        self._curriculum = curriculum
-        self._objective = objective
-        self._log = log
-        self._watch = watch
-        self._run = RunDirectory(config.run.dir)
-        self._judge = AnomalyJudge(config.training.anomalies, progress.history)
-        self._held_out = _held_out_rows(config, sources)
-        self.progress = progress
-        self.saver = CheckpointSaver(
-            self._run.checkpoints, Kept(config.training.keep_last, config.training.keep_every), watch.move
-        )
+    config: SftConfig
+    hf: DecoderConfig
+    trainer: Trainer
+    curriculum: Curriculum
+    sources: Mapping[str, SourceWindows]
+    objective: Objective[PackedRow]
+    progress: SftProgress
+    log: RunLog
+    watch: Watchdog
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        training = self.config.training
+        self._run = RunDirectory(self.config.run.dir)
+        self._judge = AnomalyJudge(training.anomalies, self.progress.history)
+        self._held_out = _held_out_rows(self.config, self.sources)
+        self._saved_step = self.progress.step
+        kept = Kept(training.keep_last, training.keep_every)
+        self._saver = CheckpointSaver(self._run.checkpoints, kept, self.watch.move, self.log.say)
 
     def step(self) -> None:
         """Train on the next batch.
@@ -140,13 +154,13 @@ class SftLoop:
             RankError: something is wrong with it and the policy is to stop.
         """
         step = self.progress.step + 1
-        seed_step(self._config.run.seed, step)
-        self._judge.enter(self._curriculum.phase(step).name)
-        self._watch.move("data", step)
-        with self._log.doing("data"):
+        seed_step(self.config.run.seed, step)
+        self._judge.enter(self.curriculum.phase(step).name)
+        self.watch.move("data", step)
+        with self.log.doing("data"):
             ways = parallel_state.get_data_parallel_world_size()
-            batch = self._curriculum.batch(step, parallel_state.get_data_parallel_rank(), ways)
-        self._watch.move("training")
+            batch = self.curriculum.batch(step, parallel_state.get_data_parallel_rank(), ways)
+        self.watch.move("training")
 
         def accepts(result: StepResult) -> bool:
             verdict = self._judge.judge(result)
@@ -154,64 +168,87 @@ class SftLoop:
                 self._report(step, batch, result, verdict)
             return verdict.action in ("accept", "report")
 
-        result = train_step(self._trainer, batch, self._objective, accepts)
-        self._log.step(self._entry(step, result))
+        result = train_step(self.trainer, batch, self.objective, accepts)
+        self.log.step(self._entry(step, result))
         self.progress = SftProgress(step, self._judge.history)
 
-    def evaluate(self) -> None:
-        """Held-out losses, source by source."""
-        if not (self._held_out and self._config.training.eval_every):
+    def evaluate_if_due(self, done: Set[str] = frozenset()) -> None:
+        """Held-out losses, source by source, after every ``training.eval_every`` steps and the last one.
+
+        Given up when the run is asked to end before its last step: the next start does it.
+
+        Args:
+            done: sources of which an earlier start has recorded it.
+        """
+        every = self.config.training.eval_every
+        sources = self._held_out.keys() - done if every and self._is_due(every) else ()
+        if not sources:
             return
-        self._watch.move("evaluation")
+        self.watch.move("evaluation")
         results: dict[str, EvaluationResult] = {}
-        with self._log.doing("evaluation"):
-            for source, rows in self._held_out.items():
-                results[source] = evaluate(self._trainer, rows, self._objective)
-        self._log.evaluation(self.progress.step, results)
+        for source in (name for name in self._held_out if name in sources):
+            if self.progress.step < self.curriculum.steps and self.stop.heard(self.trainer.device):
+                return
+            with self.log.doing("evaluation"):
+                results[source] = evaluate(self.trainer, self._held_out[source], self.objective)
+            with self.log.doing("checkpoint"):
+                self._completed(self._saver.poll())
+        self.log.evaluation(self.progress.step, results)
 
-    def evaluate_if_due(self) -> None:
-        """After every ``training.eval_every`` steps and the last one."""
-        if self._is_due(self._config.training.eval_every):
-            self.evaluate()
+    def save_if_due(self) -> None:
+        """After every ``training.save_every`` steps and the last one; poll the one under way."""
+        self.watch.move("checkpoint")
+        with self.log.doing("checkpoint"):
+            self._completed(self._saver.poll())
+            if self._is_due(self.config.training.save_every):
+                self._start_saving()
+                if not self.config.training.save_in_background:
+                    self._completed(self._saver.finish())
 
-    def save_if_due(self, *, at_once: bool) -> None:
-        """After every ``training.save_every`` steps, the last one, and where the run is to end at once."""
-        self._watch.move("checkpoint")
-        with self._log.doing("checkpoint"):
-            self.saver.poll()
-            if self._is_due(self._config.training.save_every) or at_once:
-                self.saver.start(self._trainer, self.progress)
-                if at_once or not self._config.training.save_in_background:
-                    self.saver.finish()
+    def save(self) -> None:
+        """Save what is not saved, and wait for it."""
+        self.watch.move("checkpoint")
+        with self.log.doing("checkpoint"):
+            if self._saved_step < self.progress.step:
+                self._start_saving()
+            self._completed(self._saver.finish())
+
+    def _start_saving(self) -> None:
+        self._completed(self._saver.finish())
+        self._saver.start(self.trainer, self.progress)
+        self._saved_step = self.progress.step
+
+    def _completed(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.log.note(f"checkpoint {checkpoint.name} is complete")
 
     def _is_due(self, every: int) -> bool:
         step = self.progress.step
-        return step == self._curriculum.steps or bool(every and step % every == 0)
+        return step == self.curriculum.steps or bool(every and step % every == 0)
 
     def _entry(self, step: int, result: StepResult) -> StepEntry:
         work = Work(result.tokens, result.attended_pairs, result.trained_tokens)
-        prediction = self._config.model.prediction == "train"
-        with self._log.doing("log"):
+        prediction = self.config.model.prediction == "train"
+        with self.log.doing("log"):
             return StepEntry(
                 step=step,
-                phase=self._curriculum.phase(step).name,
-                samples=self._curriculum.fingerprint(step) if torch.distributed.get_rank() == 0 else "",
-                flops=training_flops(self._hf, work, prediction=prediction),
+                phase=self.curriculum.phase(step).name,
+                samples=self.curriculum.fingerprint(step) if torch.distributed.get_rank() == 0 else "",
+                flops=training_flops(self.hf, work, prediction=prediction),
                 result=result,
             )
 
     def _report(self, step: int, batch: list[PackedRow], result: StepResult, verdict: Verdict) -> None:
         """Say what is wrong with a step, with the trajectories of its batch; the policy may end the run."""
-        found = diagnose(self._trainer, batch, self._objective, gradients=not result.is_finite)
-        self._log.say(f"step {step}: {verdict.reason}: {verdict.action}")
+        found = diagnose(self.trainer, batch, self.objective, gradients=not result.is_finite)
+        self.log.say(f"step {step}: {verdict.reason}: {verdict.action}")
         for line in found.lines():
-            self._log.say(f"  {line}")
-        if torch.distributed.get_rank() == 0:
-            record = {"step": step, "time": time.time(), **asdict(verdict), **found.record()}
-            with self._run.anomalies.open("a") as stream:
-                stream.write(json.dumps(record) + "\n")
+            self.log.say(f"  {line}")
+        record = {"step": step, "time": time.time(), **asdict(verdict), **found.record()}
+        with told_in_one_line(self._run.anomalies):
+            on_first(lambda: append_line(self._run.anomalies, json.dumps(record)))
         if verdict.action == "stop":
-            self.saver.finish()  # what is under way is from before this step
+            self._completed(self._saver.finish())  # what is under way is from before this step
             raise RankError(
                 f"step {step}: {verdict.reason}; the batch is described in {self._run.anomalies}. Start "
                 "again to go on from the last checkpoint, with training.anomalies.nonfinite=skip (or "
@@ -237,6 +274,11 @@ def _held_out_rows(config: SftConfig, sources: Mapping[str, SourceWindows]) -> d
                 rows.row(place) if place < count else rows.empty for place in range(rank, padded, ways)
             ]
     return found
+
+
+def _versions() -> str:
+    names = ("megatron_klong", "torch", "megatron-core")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _described(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Trainer:
         device: where batches go.
         row_tokens: length of every row.
         row_multiple: what the rows of a data-parallel rank must be a multiple of.
-        hf_config: the model's `config.json`, which goes into every checkpoint.
+        hf_config: the model's `config.json`, as it was at the start; it goes into every checkpoint.
         on_row: called before every micro-batch.
     """
 
@@ -52,7 +51,7 @@ class Trainer:
     device: torch.device
     row_tokens: int
     row_multiple: int
-    hf_config: Path
+    hf_config: bytes
     on_row: Callable[[], None] = lambda: None
 
     def zero_gradients(self) -> None:
@@ -62,12 +61,25 @@ class Trainer:
         self.optimizer.zero_grad()
 
 
-def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platform) -> Trainer:
-    """Build the model with its first weights, and the optimizer over them."""
+def build_trainer(
+    settings: TrainerSettings,
+    hf: DecoderConfig,
+    platform: Platform,
+    *,
+    resumes: bool = False,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """Build the model with its first weights, and the optimizer over them.
+
+    Args:
+        resumes: all weights will be read from a checkpoint: none are set here.
+        on_tensor: called for each tensor that is set one by one (not of a Megatron checkpoint).
+    """
     if settings.model.deterministic:
         _choose_deterministic_kernels()
     model = build_model(hf, settings.parallel, settings.model, settings.row_tokens).to(platform.device)
-    _first_weights(model, settings, hf)
+    if not resumes:
+        _set_first_weights(model, settings, hf, on_tensor)
     data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     stages = [DistributedDataParallel(model.config, data_parallel, stage) for stage in model]
     optimizer = get_megatron_optimizer(
@@ -78,7 +90,7 @@ def build_trainer(settings: TrainerSettings, hf: DecoderConfig, platform: Platfo
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(settings.optimizer, settings.steps, optimizer)
-    config_file = config_json(settings.model.shape)
+    config_file = config_json(settings.model.shape).read_bytes()
     return Trainer(
         model, tuple(stages), optimizer, scheduler, platform.device,
         settings.row_tokens, settings.parallel.micro_batch_divisor, config_file,
@@ -93,16 +105,18 @@ def _choose_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _first_weights(model: RankModel, settings: TrainerSettings, hf: DecoderConfig) -> None:
+def _set_first_weights(
+    model: RankModel, settings: TrainerSettings, hf: DecoderConfig, on_tensor: Callable[[], None]
+) -> None:
     """The weights that a run starts from: fresh, of a Hugging Face folder, or of a checkpoint."""
     weights = settings.model.weights
     if weights is None:
-        load_weights(model, hf, random_weights(hf, settings.seed))
+        load_weights(model, hf, random_weights(hf, settings.seed), on_tensor)
     elif is_checkpoint(weights):
         load_model(model, weights)
     else:
         check_known(weights, hf)
-        load_weights(model, hf, safetensors_weights(weights))
+        load_weights(model, hf, safetensors_weights(weights), on_tensor)
 
 
 def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
