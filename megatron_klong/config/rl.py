@@ -113,6 +113,9 @@ class RlTrainerConfig(StrictModel):
     """How far a log-prob of a server may be from the trainer's after a sync. Default: 1e-4 with
     `model.precision: fp32`, 0.15 with bf16, whose rounding differs between implementations."""
 
+    sync_seconds: float = Field(default=3600.0, gt=0)
+    """So long syncs are tried again, where servers do not answer or refuse; then the trainer ends the run."""
+
     chunk_bytes: int = Field(default=64 << 20, gt=0)
     """Shared memory of a chunk, for `transfer: shm`."""
 

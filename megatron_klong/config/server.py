@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_klong.config.base import StrictModel
 
@@ -62,3 +62,12 @@ class ServerConfig(StrictModel):
 
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's `serve`."""
+
+    @model_validator(mode="after")
+    def _all_workers_can_take_weights(self) -> ServerConfig:
+        if self.transfer == "shm" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"server.tensor_parallel={self.tensor_parallel} with server.transfer=shm: vLLM loses count "
+                "of its workers' answers when several refuse an update; use nccl, or tensor_parallel 1"
+            )
+        return self

@@ -34,7 +34,9 @@ class TokenClient:
         self.url = url
         # The server closes what is idle for 5 s; a request that came just then would fail.
         unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout_seconds, limits=unlimited)
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=timeout_seconds, limits=unlimited, trust_env=False
+        )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, version: str) -> Generation:
         """Sample an answer from weights ``version``.

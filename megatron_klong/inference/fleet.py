@@ -47,7 +47,8 @@ class Fleet:
         self.urls = tuple(urls)
         # A connection for each call: a server closes one after an error, and a later call would fail.
         unkept = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(timeout=timeout_seconds, limits=unkept)
+        # Nor by a proxy that the environment has for the world outside.
+        self._http = httpx.Client(timeout=timeout_seconds, limits=unkept, trust_env=False)
         self._threads = ThreadPoolExecutor(max_workers=len(urls))
 
     # vLLM's VLLMWeightSyncClient

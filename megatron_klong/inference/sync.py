@@ -26,6 +26,11 @@ class SyncError(RuntimeError):
     """A sync failed: the servers stay paused, and serve nothing until a sync has come through."""
 
 
+class BrokenOffError(SyncError):
+    """An update ended half way that vLLM cannot give up: no other one comes through before the servers are
+    started again."""
+
+
 class DisagreedError(SyncError):
     """The servers had all the weights, but their log-probs are not the trainer's."""
 
@@ -79,7 +84,6 @@ class WeightSync:
     fleet: Fleet | None
     tolerance: float
     _engine: TrainerWeightTransferEngine[TrainerInitInfo] | None = field(default=None, init=False)
-    _spoilt: bool = field(default=False, init=False)
 
     def run(self, version: str, probes: Sequence[Probe]) -> SyncReport:
         """One sync; collective. Whatever goes wrong, all ranks hear of it and go on together.
@@ -89,21 +93,26 @@ class WeightSync:
             probes: prompts with this trainer's log-probs of them (needed on the sender only).
 
         Raises:
-            SyncError: on every rank alike, with what went wrong; nothing new is served.
+            SyncError: on every rank alike, with what went wrong; nothing new is served. A
+                :class:`BrokenOffError` where it was begun by another way than shared memory.
         """
         assert version not in (FRESH, "") and not version.startswith("unsynced")
-        clock = _Clock()
+        clock, begun = _Clock(), False
         try:
             with clock.phase("pause"):
                 self._on_sender(lambda fleet: self._shut(fleet, version))
                 self._connect_if_needed()
             with clock.phase("send"):
+                self._prepare()
+                begun = True
                 self._send()
+                begun = False
             difference = self._on_sender(lambda fleet: self._serve(fleet, version, probes, clock))
         except _Failed as failed:
             self._disconnect()
-            self._spoilt = self.init_info.backend != "shm"
             kind = DisagreedError if failed.disagreed else SyncError
+            if begun and self.init_info.backend != "shm":
+                kind = BrokenOffError
             raise kind(
                 f"weights {version!r} did not reach the servers, which stay paused: {failed}"
             ) from None
@@ -115,14 +124,8 @@ class WeightSync:
         fleet.pause()
         found = fleet.versions()
         fleet.set_version(f"unsynced {version}")
-        if self._spoilt and any(each != FRESH for each in found):
-            raise ServerError(
-                f"a sync by {self.init_info.backend} has failed before, and vLLM cannot give such an "
-                "update up: restart the servers"
-            )
         if FRESH in found:
             self._disconnect()  # a server was started since: it has to join anew
-            self._spoilt = False
 
     def _connect_if_needed(self) -> None:
         """Build the transfer engine on all ranks, when the sender says so."""
@@ -143,6 +146,12 @@ class WeightSync:
             self.init_info, client=client, source=self.source
         )
 
+    def _prepare(self) -> None:
+        try:
+            self.source.prepare()
+        except RuntimeError as error:
+            raise _Failed(str(error)) from error
+
     def _send(self) -> None:
         engine = self._engine
         assert engine is not None
@@ -155,10 +164,6 @@ class WeightSync:
                 self.source.drain()
                 raise
 
-        try:
-            self.source.prepare()
-        except RuntimeError as error:
-            raise _Failed(str(error)) from error
         self._together(send)
 
     def _serve(self, fleet: Fleet, version: str, probes: Sequence[Probe], clock: _Clock) -> float:

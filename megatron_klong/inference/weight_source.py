@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ class MegatronWeightSource(WeightSource):
             full = self._collect(rule, holding, own)
         elif rank in holding.ranks:
             assert own is not None
-            torch.distributed.send(own.contiguous(), SENDER)
+            _pass_on(torch.distributed.isend, own.contiguous(), SENDER)
         if self._everywhere and torch.distributed.get_world_size() > 1:
             full = full if full is not None else self._empty(rule.shape, holding.dtype)
             torch.distributed.broadcast(full, SENDER)
@@ -149,7 +149,7 @@ class MegatronWeightSource(WeightSource):
             return own
         full = self._empty(rule.shape, holding.dtype)
         if ways == 1:
-            torch.distributed.recv(full, holding.ranks[0])
+            _pass_on(torch.distributed.irecv, full, holding.ranks[0])
             return full
         # All memory is taken before the first share is, so that want of it fails between tensors.
         shape = take_shard(rule.shard, torch.empty(rule.shape, device="meta"), 0, ways).shape
@@ -159,7 +159,7 @@ class MegatronWeightSource(WeightSource):
                 assert own is not None
                 put_shard(rule.shard, full, own, share, ways)
             else:
-                torch.distributed.recv(arrived, holder)
+                _pass_on(torch.distributed.irecv, arrived, holder)
                 put_shard(rule.shard, full, arrived, share, ways)
         return full
 
@@ -185,6 +185,13 @@ class MegatronWeightSource(WeightSource):
             return _Holding((min(rank for _, _, rank in held),), held[0][1])
         ranks = tuple(min(rank for share, _, rank in held if share == way) for way in range(ways))
         return _Holding(ranks, held[0][1])
+
+
+def _pass_on(way: Callable[..., Any], tensor: Tensor, peer: int) -> None:
+    """Send or receive, and wait. As a batch of one: NCCL then takes the communicator that all ranks have, and
+    makes none for this pair of ranks, which would keep its buffers for good."""
+    for work in torch.distributed.batch_isend_irecv([torch.distributed.P2POp(way, tensor, peer)]):
+        work.wait()
 
 
 def element_sum(tensor: Tensor) -> int:

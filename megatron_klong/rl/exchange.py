@@ -2,6 +2,7 @@
 
 ``exchange/lineage.json``         names the run; written by the trainer's first start
 ``exchange/server-N.json``       where server N listens; written by it when it is ready
+``exchange/restart-N.json``      the trainer asks the server with this address to end and be started again
 ``exchange/request-N.json``      the orchestrator asks for a sync of the trainer's present weights
 ``exchange/served-N.json``       the trainer's answer to request N
 ``exchange/learned-N.json``      what the trainer measured in the updates on batch N, before its checkpoint
@@ -35,9 +36,14 @@ class Lineage(_Message):
 
 
 class ServerAddress(_Message):
-    """Where a server listens."""
+    """Where a server listens.
+
+    Attributes:
+        start: differs from start to start, also at the same address.
+    """
 
     url: str
+    start: str
 
 
 class SyncRequest(_Message):
@@ -134,7 +140,11 @@ class Exchange:
         numbers = [int(file.stem.removeprefix("request-")) for file in self._folder.glob("request-*.json")]
         return max(numbers, default=0)
 
-    def server_urls(self, count: int) -> list[str]:
-        """Where the servers listen that have said so."""
-        said = [self.heard(f"server-{number}", ServerAddress) for number in range(count)]
-        return [address.url for address in said if address is not None]
+    def servers(self, count: int) -> list[ServerAddress]:
+        """Where the servers listen that have said so, but for those that are to be started again."""
+        found = []
+        for number in range(count):
+            address = self.heard(f"server-{number}", ServerAddress)
+            if address is not None and address != self.heard(f"restart-{number}", ServerAddress):
+                found.append(address)
+        return found

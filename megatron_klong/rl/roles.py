@@ -7,7 +7,9 @@ and with 1 for what another start may mend; a user's error is raised. Imports no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import secrets
 import signal
 import sys
 import time
@@ -22,6 +24,7 @@ from megatron_klong.rl.prepare import check_rl, check_trainer, claim_run
 from megatron_klong.rl.report import Display
 from megatron_klong.training.launched import nodes, rank_environment
 from megatron_klong.training.local_ranks import run_ranks
+from megatron_klong.training.rank_entry import RankError
 from megatron_klong.training.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.5
@@ -34,20 +37,30 @@ def run_trainer(config: RlConfig) -> int:
     rank = rank_environment(os.environ)
     ranks = config.parallel.world_size if rank is None else int(rank["WORLD_SIZE"])
     check_trainer(config, ranks, ranks // nodes(os.environ))
-    run = _join(config)
     if rank is None:
+        run = _join(config)
         with run.locked("trainer", wait_seconds=_LOCK_SECONDS):
             return run_ranks(
                 "megatron_klong.rl.worker", [str(run.path)], config.parallel.world_size, run.logs / "trainer"
             )
+    os.environ.update(rank)
+    with contextlib.ExitStack() as held:
+        if rank["RANK"] == "0":  # one looks at the tasks and claims the run for a thousand
+            held.enter_context(_join(config).locked("trainer", wait_seconds=_LOCK_SECONDS))
+        return _train_here(config)
+
+
+def _train_here(config: RlConfig) -> int:
+    """Train as the rank that this process is; the exit code."""
     from megatron_klong.rl.worker import train
 
-    os.environ.update(rank)
-    if rank["RANK"] != "0":
+    try:
         train(config)
-        return 0
-    with run.locked("trainer", wait_seconds=_LOCK_SECONDS):
-        train(config)
+    except RankError as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:  # of a file system that may be back
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -62,13 +75,25 @@ def run_server(config: RlConfig, number: int) -> int:
 
     def serve() -> None:
         with VllmServer(settings, run.logs / f"vllm-{number}.log") as server:
-            exchange.tell(f"server-{number}", ServerAddress(url=server.url))
-            while exchange.heard("finished", Finished) is None:
-                server.check()
-                time.sleep(_POLL_SECONDS)
+            stay_until_finished(exchange, number, server)
 
     with run.locked(f"server-{number}", wait_seconds=_LOCK_SECONDS):
         return _exit_code(serve)
+
+
+def stay_until_finished(exchange: Exchange, number: int, server: VllmServer) -> None:
+    """Say where a server listens, and watch it.
+
+    Raises:
+        ServerError: it has died, or is to be started again.
+    """
+    address = ServerAddress(url=server.url, start=secrets.token_hex(4))
+    exchange.tell(f"server-{number}", address)
+    while exchange.heard("finished", Finished) is None:
+        server.check()
+        if exchange.heard(f"restart-{number}", ServerAddress) == address:
+            raise ServerError(f"{server.url}: an update of its weights broke off, which vLLM cannot give up")
+        time.sleep(_POLL_SECONDS)
 
 
 def server_devices(config: ServerConfig, number: int, environment: Mapping[str, str]) -> str | None:

@@ -74,7 +74,7 @@ class GatedEngine:
 
     async def open_for(self, served: Served) -> None:
         """The servers have these weights: let requests through."""
-        urls = tuple(self._exchange.server_urls(self._servers))
+        urls = tuple(server.url for server in self._exchange.servers(self._servers))
         if tuple(client.url for client in self._clients) != urls:
             await self._open_clients.aclose()
             opened = [await self._open_clients.enter_async_context(TokenClient(url)) for url in urls]

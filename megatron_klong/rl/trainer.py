@@ -13,14 +13,14 @@ import torch
 
 from megatron_klong.config import RlConfig
 from megatron_klong.inference.fleet import Fleet
-from megatron_klong.inference.sync import DisagreedError, Probe, SyncError, WeightSync
+from megatron_klong.inference.sync import BrokenOffError, DisagreedError, Probe, SyncError, WeightSync
 from megatron_klong.inference.transfers import trainer_init_info
 from megatron_klong.inference.weight_source import SENDER, MegatronWeightSource
 from megatron_klong.inference.wire import ServerError
 from megatron_klong.model.hf_config import load_hf_config
 from megatron_klong.platform import Platform
 from megatron_klong.rl.batches import batch_folder, read_batch
-from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served
+from megatron_klong.rl.exchange import Done, Exchange, Finished, Learned, Served, ServerAddress
 from megatron_klong.rl.learner import Learner
 from megatron_klong.training.checkpointing import load_checkpoint, resume_checkpoint, save_checkpoint
 from megatron_klong.training.first_rank import on_first
@@ -132,7 +132,7 @@ class Serving:
         self._config = config
         self._exchange = exchange
         self._source = source
-        self._sync: tuple[tuple[str, ...], WeightSync] | None = None
+        self._sync: tuple[tuple[ServerAddress, ...], WeightSync] | None = None
         random = np.random.default_rng(0)
         vocab, longest = load_hf_config(config.model.shape).vocab_size, config.window.max_tokens
         lengths = [max(2, longest // 2**n - 1) for n in range(_PROBES)]
@@ -147,11 +147,12 @@ class Serving:
             log_probs: the trainer's, of :attr:`prompts`.
 
         Raises:
-            RankError: servers that had all the weights disagreed with the trainer several times in a row.
+            RankError: servers that had all the weights disagreed with the trainer several times in a row, or
+                none of the syncs in ``trainer.sync_seconds`` came through.
         """
         version = f"{progress.lineage}:{progress.iteration}"
         probes = [Probe(ids, given) for ids, given in zip(self.prompts, log_probs)]
-        disagreed = 0
+        disagreed, failing_since = 0, 0.0
         while True:
             start = time.monotonic()
             try:
@@ -162,7 +163,16 @@ class Serving:
                     raise RankError(
                         f"{error} (trainer.sync_tolerance), {disagreed} times in a row"
                     ) from error
+                now = on_first(time.monotonic)
+                failing_since = failing_since or now
+                if now - failing_since > self._config.trainer.sync_seconds:
+                    raise RankError(
+                        f"{error}; no sync has come through in "
+                        f"trainer.sync_seconds={self._config.trainer.sync_seconds:g}"
+                    ) from error
                 _say(f"not served yet: {error}")
+                if isinstance(error, BrokenOffError):
+                    self._ask_for_restarts()
                 self._sync = None  # its servers may come back elsewhere
                 time.sleep(_RETRY_SECONDS)
                 continue
@@ -172,24 +182,30 @@ class Serving:
             )  # fmt: skip
 
     def _connected(self) -> WeightSync:
-        urls: tuple[str, ...] = ()
-        while len(urls) < self._config.servers:
-            urls = tuple(on_first(self._servers))
-        if self._sync is None or self._sync[0] != urls:
+        servers: tuple[ServerAddress, ...] = ()
+        while len(servers) < self._config.servers:
+            servers = tuple(on_first(self._servers))
+        if self._sync is None or self._sync[0] != servers:
             rank = torch.distributed.get_rank()
-            fleet = Fleet(urls) if rank == SENDER else None
+            fleet = Fleet([server.url for server in servers]) if rank == SENDER else None
             way = self._config.server.transfer
             info = trainer_init_info(way, rank, fleet, self._source, self._config.trainer.chunk_bytes)
-            self._sync = urls, WeightSync(self._source, info, fleet, self._config.sync_tolerance)
+            self._sync = servers, WeightSync(self._source, info, fleet, self._config.sync_tolerance)
         return self._sync[1]
 
-    def _servers(self) -> list[str]:
+    def _ask_for_restarts(self) -> None:
+        """Of the very servers that the sync was with: some may have been started again since."""
+        assert self._sync is not None
+        for number, address in enumerate(self._sync[0]):
+            _tell(self._exchange, f"restart-{number}", address)
+
+    def _servers(self) -> list[ServerAddress]:
         """Where servers listen: all of them, or after a while those that have said so."""
         deadline = time.monotonic() + _BEAT_SECONDS
         while True:
-            urls = self._exchange.server_urls(self._config.servers)
-            if len(urls) == self._config.servers or time.monotonic() > deadline:
-                return urls
+            servers = self._exchange.servers(self._config.servers)
+            if len(servers) == self._config.servers or time.monotonic() > deadline:
+                return servers
             time.sleep(_POLL_SECONDS)
 
 
@@ -212,7 +228,7 @@ def _next_work(run: RunDirectory, exchange: Exchange, iteration: int, answered: 
     return on_first(wait)
 
 
-def _tell(exchange: Exchange, name: str, message: Served | Learned | Done) -> None:
+def _tell(exchange: Exchange, name: str, message: Served | Learned | Done | ServerAddress) -> None:
     if torch.distributed.get_rank() == 0:
         exchange.tell(name, message)
 
