@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from pathlib import Path
 
 from megatron_klong.platform.base import Platform
 
 __all__ = ["Platform", "activate", "import_megatron", "quiet_imports"]
 
 
+_NVIDIA = Path("/dev/nvidiactl")
+"""Of NVIDIA's driver; in a container only where it was given GPUs."""
+
+
 def activate() -> Platform:
     """Prepare this process for Megatron-Core on the machine's own device, and say which it is.
 
     Must run before any Megatron model is built. CUDA where PyTorch can use it, else the CPU.
+
+    Raises:
+        ValueError: there are GPUs, but PyTorch cannot use them, or fewer than this machine has ranks.
     """
     import torch
 
@@ -21,6 +30,12 @@ def activate() -> Platform:
         from megatron_klong.platform import cuda
 
         return cuda.install()
+    if _NVIDIA.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise ValueError(
+            f"this machine has NVIDIA GPUs that torch {torch.__version__} cannot use: it is a build for "
+            f"CPUs, or wants a newer driver (it is built for CUDA {torch.version.cuda}). With an empty "
+            "CUDA_VISIBLE_DEVICES= it computes on the CPU all the same"
+        )
     from megatron_klong.platform import cpu
 
     return cpu.install()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def gpu_bytes() -> int | None:
@@ -27,8 +29,30 @@ def gpu_bytes() -> int | None:
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Memory of this machine, or of the container or the job's share that this process is in."""
     import psutil
 
-    limits = [file.read_text().strip() for file in _CGROUP_LIMITS if file.is_file()]
-    return min(int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit()))
+    own = _OWN_CGROUPS.read_text() if _OWN_CGROUPS.is_file() else ""
+    return min([int(psutil.virtual_memory().total), *cgroup_limits(own, _CGROUPS)])
+
+
+def cgroup_limits(own: str, root: Path) -> list[int]:
+    """Limits of memory of a process and of all that it is in, bytes.
+
+    Args:
+        own: what ``/proc/PID/cgroup`` says: lines of ``number:controllers:/path``, of version 1 or 2.
+        root: where the controllers are.
+    """
+    found = []
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max" is none
+                found.append(int((folder / name).read_text()))
+            if folder == top:
+                break
+    return found
