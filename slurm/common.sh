@@ -63,14 +63,26 @@ prepare_software() {
 # step SUFFIX: srun with its options in STEP; the suffix is that of a component's variables, or empty. Slurm from
 # 22.05 to 23.02 does not take the CPUs of a task from the job.
 step() {
-    local cpus="SLURM_CPUS_PER_TASK$1"
+    local cpus="SLURM_CPUS_PER_TASK$1" each="SLURM_NTASKS_PER_NODE$1"
     STEP=(srun "${SRUN[@]}")
     [[ -z "${!cpus:-}" ]] || STEP+=(--cpus-per-task="${!cpus}")
+    [[ -z "${!each:-}" ]] || STEP+=(--ntasks-per-node="${!each}")
+}
+
+# tasks_of GROUP: how many tasks a component has; what Slurm says of them depends on its version.
+tasks_of() {
+    local tasks="SLURM_NTASKS_HET_GROUP_$1" nodes="SLURM_JOB_NUM_NODES_HET_GROUP_$1"
+    local each="SLURM_NTASKS_PER_NODE_HET_GROUP_$1"
+    if [[ -n "${!tasks:-}" ]]; then
+        echo "${!tasks}"
+    elif [[ -n "${!nodes:-}" && -n "${!each:-}" ]]; then
+        echo "$((${!nodes} * ${!each}))"
+    else
+        fail "component $1: Slurm does not say how many tasks it has; give it --ntasks or --ntasks-per-node"
+    fi
 }
 
 begin() {
-    # For `wait -n -p` in rl.sbatch.
-    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash 5.1 or newer is needed, not $BASH_VERSION"
     mkdir -p "$ATTEMPT_LOGS" || fail "KLONG_LOGS=$KLONG_LOGS cannot be written from $(hostname)"
     prepare_software
     say "job $SLURM_JOB_ID ($SLURM_JOB_NAME), attempt $ATTEMPT; logs in $ATTEMPT_LOGS"

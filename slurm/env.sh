@@ -18,6 +18,8 @@
 : "${KLONG_REQUEUES:=50}"
 # How often rl.sbatch starts a role again that has died.
 : "${KLONG_RESTARTS:=5}"
+# Seconds after one role of rl.sbatch has stopped, being told to, until the others are told as well.
+: "${KLONG_STOP_SECONDS:=600}"
 # Where rl.sbatch's servers listen, and by which name the others reach them (default: their node's). They have routes
 # that change a model and ask nobody for a password: on a network that is not trusted, name a private address.
 export KLONG_SERVER_HOST="${KLONG_SERVER_HOST:-0.0.0.0}"

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_klong.config import ServerConfig
+from megatron_klong.platform.cuda import own_device
 from megatron_klong.platform.lifetime import on_stop_signals
+from megatron_klong.platform.memory import cgroup_limits
 from megatron_klong.rl.roles import server_devices
 from megatron_klong.training.launched import first_node, nodes, rank_environment
 from tests.test_sft import ROOT, arguments, losses, sft
@@ -44,6 +46,51 @@ def test_a_batch_script_and_a_plain_shell_start_their_own_ranks() -> None:
     assert rank_environment({}) is None
     assert rank_environment({"SLURM_JOB_ID": "1234", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
     assert rank_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty
+
+
+def test_a_rank_has_a_gpu_of_its_own_or_is_refused() -> None:
+    assert own_device({}, 1) == 0
+    assert own_device({"LOCAL_RANK": "3"}, 4) == 3
+    assert own_device({"LOCAL_RANK": "3"}, 1) == 0  # srun shows each its own
+    for environment, devices in (
+        ({"LOCAL_RANK": "4"}, 4),
+        ({"LOCAL_RANK": "1", "KLONG_LAUNCHER": "7"}, 1),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 1),
+    ):
+        with pytest.raises(ValueError, match=f"which has {devices} GPUs: start as many ranks"):
+            own_device(environment, devices)
+
+
+def test_a_share_of_a_machines_memory_is_seen(tmp_path: Path) -> None:
+    """Slurm limits a job in folders below the root, by version 2 of cgroups or by version 1."""
+    job = tmp_path / "system.slice" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    (job / "memory.max").write_text("4096\n")
+    (job / "step_0" / "memory.max").write_text("max\n")
+    assert cgroup_limits("0::/system.slice/job_7/step_0\n", tmp_path) == [4096]
+    (tmp_path / "memory" / "slurm").mkdir(parents=True)
+    (tmp_path / "memory" / "slurm" / "memory.limit_in_bytes").write_text("2048")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9999")
+    own = "5:cpu,cpuacct:/other\n4:memory:/slurm/job_7\n"
+    assert cgroup_limits(own, tmp_path) == [2048, 9999]
+
+
+@pytest.mark.parametrize(
+    ("said", "tasks"),
+    [
+        ({"SLURM_NTASKS_HET_GROUP_2": "6"}, "6"),
+        ({"SLURM_JOB_NUM_NODES_HET_GROUP_2": "3", "SLURM_NTASKS_PER_NODE_HET_GROUP_2": "2"}, "6"),
+        ({"SLURM_JOB_NUM_NODES_HET_GROUP_2": "3"}, "error: component 2: Slurm does not say how many tasks"),
+    ],
+)
+def test_tasks_of_a_component(said: dict[str, str], tasks: str) -> None:
+    """From 23.02 on Slurm no longer says the number itself where only those of a node are asked for."""
+    job = {"KLONG_HOME": str(ROOT), "SLURM_SUBMIT_DIR": "/x", "SLURM_JOB_NAME": "n", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-euc", 'source "$KLONG_HOME/slurm/common.sh"; tasks_of 2'],
+        env={"PATH": os.environ["PATH"], **job, **said}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout + done.stderr).startswith(tasks), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,7 +152,9 @@ def test_ranks_of_srun_train_like_our_own(domain_store: Path, tmp_path: Path) ->
 def test_servers_of_a_machine_share_its_gpus(
     devices: str | None, number: int, environment: dict[str, str], expected: str | None
 ) -> None:
-    config = ServerConfig(model=Path("m"), max_model_len=64, tensor_parallel=2, devices=devices)
+    config = ServerConfig(
+        model=Path("m"), max_model_len=64, tensor_parallel=2, transfer="nccl", devices=devices
+    )
     assert server_devices(config, number, environment) == expected
 
 
@@ -127,7 +176,9 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_too_few_gpus_for_the_servers_of_a_machine() -> None:
-    config = ServerConfig(model=Path("m"), max_model_len=64, tensor_parallel=2, devices="0,1,2")
+    config = ServerConfig(
+        model=Path("m"), max_model_len=64, tensor_parallel=2, transfer="nccl", devices="0,1,2"
+    )
     with pytest.raises(ValueError, match=r"server 1: 3 GPUs \(0,1,2\) are too few for 2 servers"):
         server_devices(config, 1, {})
 

@@ -71,9 +71,10 @@ def test_a_run_goes_on_after_preemption_with_the_same_losses(
     cluster: SlurmCluster, domain_store: Path, tmp_path: Path, undisturbed: Path, way: str
 ) -> None:
     """Two nodes of two ranks: put back into the queue, as a preempting job does it; told to save before the
-    time limit; a node's daemon killed."""
+    time limit, and with ranks that meet by their node's name; a node's daemon killed."""
     run = tmp_path / "run"
-    job = cluster.submit(*TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, *LONG))
+    submit = cluster.submit_by_name if way == "signal" else cluster.submit
+    job = submit(*TWO_NODES, *place(tmp_path), SFT, *settings(domain_store, run, *LONG))
     until(lambda: steps(run) >= 2)
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).stdout.split()
     if way == "requeue":
