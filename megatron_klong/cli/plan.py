@@ -218,7 +218,8 @@ def settings_text(best: LayoutPlan, question: Question, servers: Serving | None)
 
     parallel = best.parallel
     recompute = best.recompute if isinstance(best.recompute, str) else list(best.recompute)
-    shape = question.model.model_dump(mode="json", include={"preset", "hf_config"}, exclude_none=True)
+    # The one that it is not named by as null: so it replaces whatever a config names.
+    shape = question.model.model_dump(mode="json", include={"preset", "hf_config"})
     values = {
         "model": {**shape, "precision": question.model.precision, "recompute": recompute,
                   "prediction": question.model.prediction},
@@ -241,6 +242,10 @@ def _sft_rows(question: Question) -> dict[str, dict[str, int]]:
 def _rl_rows(question: Question, servers: Serving) -> dict[str, object]:
     return {
         "trainer": {"row_tokens": question.row_tokens},
-        "server": {"max_model_len": question.row_tokens, "tensor_parallel": servers.tensor_parallel},
+        "server": {
+            "max_model_len": question.row_tokens,
+            "tensor_parallel": servers.tensor_parallel,
+            "transfer": "nccl",  # to other GPUs than the trainer's, on whatever machine
+        },
         "servers": servers.servers,
     }
