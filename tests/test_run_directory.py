@@ -122,6 +122,11 @@ def test_fresh_is_done_once_for_a_job(
     assert run.may_be_deleted(job) and run.may_be_deleted({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"})
     assert not run.may_be_deleted({**job, "SLURM_RESTART_COUNT": "1"})
     assert "--fresh was done when this job began" in capfd.readouterr().err
+    # A job that began in an empty directory, where there was nothing to delete.
+    empty = RunDirectory(tmp_path / "empty")
+    empty.path.mkdir()
+    prepare(empty, config(), inputs, fresh=True)
+    assert not empty.may_be_deleted({**job, "SLURM_RESTART_COUNT": "1"})
     with pytest.raises(ValueError, match="delete the run at each of torchrun's --max-restarts"):
         run.may_be_deleted({"TORCHELASTIC_MAX_RESTARTS": "3"})
 

@@ -46,7 +46,7 @@ def cgroup_limits(own: str, root: Path) -> list[int]:
     found = []
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+        if controllers and "memory" not in controllers.split(","):
             continue
         top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
         place = top / path.lstrip("/")

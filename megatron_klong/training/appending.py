@@ -24,12 +24,12 @@ def append_line(file: Path, line: str) -> None:
 
 
 @contextmanager
-def told_in_one_line(file: Path) -> Iterator[None]:
-    """What goes wrong with a file of the run, as one line for the user."""
+def told_in_one_line(what: object) -> Iterator[None]:
+    """What goes wrong with a file of the run, or a checkpoint, as one line for the user."""
     try:
         yield
     except OSError as error:
         raise RankError(
-            f"{file} could not be written: {error}. Mend that (make room on a full disk) and start again to "
+            f"{what} could not be written: {error}. Mend that (make room on a full disk) and start again to "
             "go on from the last checkpoint"
         ) from error

@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_klong.platform.lifetime import to_disk
+from megatron_klong.training.appending import told_in_one_line
 from megatron_klong.training.background_save import BackgroundSave
 from megatron_klong.training.first_rank import on_first
 from megatron_klong.training.model_checkpoint import put_model, sharded_model
@@ -143,9 +143,9 @@ class CheckpointSaver:
             for old in self._root.glob(".step_*.unfinished"):
                 shutil.rmtree(old)
             unfinished.mkdir(parents=True)
-            (unfinished / "config.json").write_bytes(trainer.hf_config)
+            (unfinished / "config.json").write_bytes(trainer.config_json)
 
-        with _explained(final):
+        with told_in_one_line(f"checkpoint {final}"):
             on_first(make_room)
             state = _sharded_state(trainer) | {
                 "scheduler": trainer.scheduler.state_dict(),
@@ -176,7 +176,7 @@ class CheckpointSaver:
             to_disk(self._root)
             self._delete_old()
 
-        with _explained(final):
+        with told_in_one_line(f"checkpoint {final}"):
             save.finish(self._on_bytes)
             on_first(complete)
         return final
@@ -237,18 +237,6 @@ def _check_finite(trainer: Trainer, step: int) -> None:
             f"weights are not finite after step {step}, so they are not saved; start again to go on from the "
             "checkpoint before, with a lower optimizer.lr"
         )
-
-
-@contextmanager
-def _explained(final: Path) -> Iterator[None]:
-    """Turns what goes wrong with files into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise RankError(
-            f"checkpoint {final} could not be written: {error}. Checkpoints before it are as they were: mend "
-            "that (make room on a full disk) and start again to go on from the last one"
-        ) from error
 
 
 def _write_file_list(folder: Path) -> None:

@@ -61,7 +61,7 @@ class RunDirectory:
         self.identity = path / "identity.json"
         self.metrics = path / "metrics.jsonl"
         self.said = path / "run.log"
-        self._deleted_by = path / ".deleted-by-job"
+        self._begun_by = path / ".begun-by-job"
         self.anomalies = path / "anomalies.jsonl"
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
@@ -122,7 +122,7 @@ class RunDirectory:
                 "--fresh would delete the run at each of torchrun's --max-restarts; leave one out"
             )
         job = environment.get("SLURM_JOB_ID")
-        done = is_requeued(environment) and self._deleted_by.is_file() and self._deleted_by.read_text() == job
+        done = is_requeued(environment) and self._begun_by.is_file() and self._begun_by.read_text() == job
         if done:
             print("note: --fresh was done when this job began; the run goes on", file=sys.stderr)
         return not done
@@ -144,7 +144,6 @@ class RunDirectory:
         if self.identity.is_file():
             if fresh:
                 self._delete_run()
-                replace_text(self._deleted_by, os.environ.get("SLURM_JOB_ID", ""))
             elif self._has_results():
                 self._refuse_other_run(json.loads(self.identity.read_text()), identity)
         elif any(not path.name.startswith(".") for path in self.path.iterdir()):
@@ -152,6 +151,8 @@ class RunDirectory:
                 f"run.dir={self.path}: holds files that are no run of this package; choose an empty "
                 "or new directory"
             )
+        if fresh:  # also where there was nothing to delete: this job has a run here from now on
+            replace_text(self._begun_by, os.environ.get("SLURM_JOB_ID", ""))
         # The identity first: a directory that has one is a run, whatever else is missing.
         replace_text(self.identity, json.dumps(identity, indent=2) + "\n")
         if not (keep_config and self.config.is_file()):

@@ -181,12 +181,12 @@ class SftLoop:
             done: sources of which an earlier start has recorded it.
         """
         every = self.config.training.eval_every
-        sources = self._held_out.keys() - done if every and self._is_due(every) else ()
-        if not sources:
+        sources = [source for source in self._held_out if source not in done]
+        if not (sources and every and self._is_due(every)):
             return
         self.watch.move("evaluation")
         results: dict[str, EvaluationResult] = {}
-        for source in (name for name in self._held_out if name in sources):
+        for source in sources:
             if self.progress.step < self.curriculum.steps and self.stop.heard(self.trainer.device):
                 return
             with self.log.doing("evaluation"):

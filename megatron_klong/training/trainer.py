@@ -40,7 +40,7 @@ class Trainer:
         device: where batches go.
         row_tokens: length of every row.
         row_multiple: what the rows of a data-parallel rank must be a multiple of.
-        hf_config: the model's `config.json`, as it was at the start; it goes into every checkpoint.
+        config_json: the model's `config.json`, as it was at the start; it goes into every checkpoint.
         on_row: called before every micro-batch.
     """
 
@@ -51,7 +51,7 @@ class Trainer:
     device: torch.device
     row_tokens: int
     row_multiple: int
-    hf_config: bytes
+    config_json: bytes
     on_row: Callable[[], None] = lambda: None
 
     def zero_gradients(self) -> None:
